@@ -1,0 +1,1 @@
+//! What every test needs: a daemon to talk to, front-ends to talk with.
