@@ -124,6 +124,33 @@ fn fsynced_data_is_there_after_the_guest_lost_its_power() {
 }
 
 #[test]
+fn an_idle_guest_goes_on_when_its_daemon_is_stopped_and_started_again() {
+    let Some(tools) = Tools::find() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let (disk, socket) = (dir.path().join("disk"), dir.path().join("socket"));
+    let served = Serve::new(&disk)
+        .at(&socket)
+        .options(["--create", "64M"])
+        .start();
+    let mut guest = Machine::new(tools).disk_with(&socket, 2, true).boot();
+    guest.run("mkfs /dev/vda");
+    guest.run("mount /dev/vda /mnt");
+    let filled = guest.run("fill /mnt/before 4000000 1");
+    served.stop();
+
+    let served = Serve::new(&disk).at(&socket).start();
+    guest.run("fill /mnt/after 4000000 2");
+    guest.run("umount /mnt");
+    guest.run("mount /dev/vda /mnt");
+    let found = guest.run("verify /mnt/before 4000000 1");
+    assert_eq!(found.get("sum"), filled.get("sum"));
+    guest.run("verify /mnt/after 4000000 2");
+    guest.run("umount /mnt");
+    guest.power_off();
+    served.stop();
+}
+
+#[test]
 fn discard_gives_space_back_to_the_host_and_spares_what_is_around_it() {
     let Some(tools) = Tools::find() else { return };
     let dir = tempfile::tempdir().unwrap();

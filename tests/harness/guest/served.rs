@@ -48,6 +48,7 @@ pub fn stonework() -> PathBuf {
 pub struct Serve {
     disk: PathBuf,
     options: Vec<OsString>,
+    socket: Option<PathBuf>,
     traced: bool,
 }
 
@@ -57,6 +58,7 @@ impl Serve {
         Self {
             disk: disk.to_owned(),
             options: Vec::new(),
+            socket: None,
             traced: false,
         }
     }
@@ -66,6 +68,13 @@ impl Serve {
     pub fn options<T: AsRef<OsStr>>(mut self, options: impl IntoIterator<Item = T>) -> Self {
         self.options
             .extend(options.into_iter().map(|option| option.as_ref().to_owned()));
+        self
+    }
+
+    /// Listens at `socket`, where a daemon before this one may have listened.
+    #[must_use]
+    pub fn at(mut self, socket: &Path) -> Self {
+        self.socket = Some(socket.to_owned());
         self
     }
 
@@ -83,7 +92,7 @@ impl Serve {
     /// With what it wrote to stderr, if it does not get there.
     pub fn start(self) -> Served {
         let dir = tempfile::tempdir().expect("a temporary folder for the socket");
-        let socket = dir.path().join("socket");
+        let socket = self.socket.unwrap_or_else(|| dir.path().join("socket"));
         let trace = dir.path().join("trace");
         let mut command = if self.traced {
             // -D: the daemon is our child, and strace its grandchild, so that signals and exit
