@@ -22,7 +22,7 @@ usage: guest-tool VERB
   mount DEV DIR [ro]                    mount an ext4
   umount DIR
   fill FILE BYTES SEED [FSYNC_EVERY]    write pseudo-random data, with an fsync each so many bytes
-  verify FILE BYTES SEED                read it back past the page cache and compare
+  verify FILE BYTES SEED                read it back and compare each byte
   sum FILE BYTES                        sum of what is there
   remove FILE
   discard DEV OFFSET BYTES
