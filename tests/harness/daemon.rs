@@ -220,14 +220,21 @@ impl Daemon {
         self.wait();
     }
 
-    /// How many threads it has.
+    /// How many threads it has, without those by which the kernel serves its io_uring and which
+    /// come and go as the kernel likes.
     pub fn threads(&self) -> usize {
-        self.count("task")
+        fs::read_dir(self.proc("task"))
+            .expect("the daemon is running")
+            .filter_map(|task| fs::read_to_string(task.ok()?.path().join("comm")).ok())
+            .filter(|name| !name.starts_with("iou-"))
+            .count()
     }
 
     /// How many descriptors it has open.
     pub fn descriptors(&self) -> usize {
-        self.count("fd")
+        fs::read_dir(self.proc("fd"))
+            .expect("the daemon is running")
+            .count()
     }
 
     /// How many guest memory regions made by this harness it has mapped.
@@ -262,12 +269,6 @@ impl Daemon {
             .filter_map(|line| line.split(' ').next()?.parse::<u64>().ok())
             .sum();
         Duration::from_nanos(nanos)
-    }
-
-    fn count(&self, name: &str) -> usize {
-        fs::read_dir(self.proc(name))
-            .expect("the daemon is running")
-            .count()
     }
 
     #[track_caller]

@@ -13,7 +13,11 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{
+    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix,
+    SocketFlags, SocketType, connect, sendmsg, socket_with,
+};
 
 use super::memory::RegionEntry;
 
@@ -137,15 +141,13 @@ impl Connection {
     pub fn open(path: &Path) -> Self {
         let end = Instant::now() + LIMIT;
         loop {
-            match UnixStream::connect(path) {
-                Ok(socket) => return Self::from_stream(socket),
+            match Self::try_open(path) {
+                Ok(connection) => return connection,
                 Err(error) => assert!(
                     Instant::now() < end
                         && matches!(
                             error.kind(),
-                            io::ErrorKind::NotFound
-                                | io::ErrorKind::ConnectionRefused
-                                | io::ErrorKind::WouldBlock
+                            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
                         ),
                     "cannot connect to {}: {error}",
                     path.display()
@@ -153,6 +155,25 @@ impl Connection {
             }
             std::thread::sleep(Duration::from_millis(5));
         }
+    }
+
+    /// Connects, once.
+    ///
+    /// # Errors
+    ///
+    /// As `connect`: `NotFound` or `ConnectionRefused` when nobody listens, `WouldBlock` when
+    /// nobody accepts within [`LIMIT`] and the queue of those who wait is full.
+    pub fn try_open(path: &Path) -> io::Result<Self> {
+        let socket = socket_with(
+            AddressFamily::UNIX,
+            SocketType::STREAM,
+            SocketFlags::CLOEXEC,
+            None,
+        )?;
+        // The limit on sending covers connecting, too.
+        set_socket_timeout(&socket, Timeout::Send, Some(LIMIT))?;
+        connect(&socket, &SocketAddrUnix::new(path)?)?;
+        Ok(Self::from_stream(socket.into()))
     }
 
     /// A connection over a socket that is there already, such as the backend channel's.

@@ -359,6 +359,11 @@ impl Ring {
         })
     }
 
+    /// Counts a completion as taken and keeps its chain laid out, to be offered again.
+    pub fn skip_used(&mut self) {
+        self.last_used = self.last_used.wrapping_add(1);
+    }
+
     /// Waits for a completion as a driver does: asks to be called, sleeps until it is. None
     /// after `limit`, or once the device has signalled that the queue is broken.
     #[track_caller]
