@@ -2,7 +2,7 @@
 
 use harness::frontend::blk::{self, Outcome, Request, kind};
 use harness::frontend::connection::{code, memory_region};
-use harness::frontend::ring::{Part, Ring};
+use harness::frontend::ring::{Descriptor, INDIRECT, Part, Ring, WRITE, chain};
 use harness::frontend::{Frontend, MEMORY_BYTES, MEMORY_START, Pending, Wanted};
 use harness::random::Random;
 
@@ -180,6 +180,63 @@ fn a_whole_request_may_lie_in_an_indirect_table() {
         }
         frontend.stop_queue(&ring);
     }
+}
+
+#[test]
+fn the_write_flag_of_an_indirect_descriptor_means_nothing() {
+    let disk = Disk::serve(&[]);
+    let mut frontend = disk.connect();
+    let mut ring = frontend.start_queue(0, 16);
+    let (parts, pending) = frontend.place(&Request::read(4, SECTOR));
+    let table = frontend.heap.take(16 * parts.len() as u64, 16);
+    let head = ring.lay_out_indirect(table, &parts);
+    ring.set_descriptor(
+        head,
+        Descriptor {
+            addr: table,
+            len: 16 * parts.len() as u32,
+            flags: INDIRECT | WRITE,
+            next: 0,
+        },
+    );
+    ring.offer(head);
+    ring.publish();
+    ring.kick_if_wanted();
+    let used = ring.pop();
+    let outcome = frontend.outcome(&Pending { head, ..pending }, used);
+    assert_eq!((outcome.status, outcome.used_length), (blk::OK, 513));
+    assert_eq!(outcome.data, content(4, 1));
+}
+
+#[test]
+fn an_indirect_table_may_end_a_chain() {
+    let disk = Disk::serve(&[]);
+    let mut frontend = disk.connect();
+    let mut ring = frontend.start_queue(0, 16);
+    let (parts, pending) = frontend.place(&Request::read(4, SECTOR));
+    // The header in a descriptor of the ring, data and status in the table.
+    let table = frontend.heap.take(32, 16);
+    for (index, entry) in chain(&parts[1..], &[0, 1]).iter().enumerate() {
+        let at = table + 16 * index as u64;
+        frontend.memory.write(at, &entry.to_bytes());
+    }
+    let head = ring.lay_out(&[parts[0], Part::readable(table, 32)]);
+    ring.set_descriptor(
+        head - 1,
+        Descriptor {
+            addr: table,
+            len: 32,
+            flags: INDIRECT,
+            next: 0,
+        },
+    );
+    ring.offer(head);
+    ring.publish();
+    ring.kick_if_wanted();
+    let used = ring.pop();
+    let outcome = frontend.outcome(&Pending { head, ..pending }, used);
+    assert_eq!((outcome.status, outcome.used_length), (blk::OK, 513));
+    assert_eq!(outcome.data, content(4, 1));
 }
 
 #[test]

@@ -153,7 +153,10 @@ fn a_guest_that_wants_no_calls_gets_none() {
     // With it there is an index: only the completion with that number is called for.
     let mut frontend = disk.connect();
     let mut ring = frontend.start_queue(0, 64);
-    ring.ask_for_call(3);
+    // The first call of a ring's life is free.
+    assert_eq!(frontend.read(&mut ring, 0, SECTOR), content(0, 1));
+    ring.call.take();
+    ring.ask_for_call(ring.used_index() + 3);
     for sector in 0..3 {
         frontend.submit(&mut ring, &Request::read(sector, SECTOR));
         eventually("the request is completed", || ring.try_pop().is_some());

@@ -68,6 +68,9 @@ pub mod protocol {
     pub const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
 }
 
+/// Message code of the back-end, on its own channel: the configuration space has changed.
+pub const CONFIG_CHANGE: u32 = 2;
+
 /// Header flags: the version, which is always 1.
 pub const VERSION: u32 = 1;
 /// Header flags: this is an answer.
@@ -350,6 +353,25 @@ impl Connection {
             .unwrap_or_else(|end| panic!("no answer to message {code}: {end:?}"))
     }
 
+    /// Waits on a backend channel for the news that the configuration space has changed, and
+    /// acknowledges it if the back-end wants that.
+    ///
+    /// # Panics
+    ///
+    /// If something else comes, or nothing within [`LIMIT`].
+    #[track_caller]
+    pub fn await_config_change(&self) {
+        let message = self
+            .receive(LIMIT)
+            .unwrap_or_else(|end| panic!("no news on the backend channel: {end:?}"));
+        assert_eq!(message.code, CONFIG_CHANGE, "other news: {message:?}");
+        assert!(message.body.is_empty(), "{message:?}");
+        if message.flags & NEED_REPLY != 0 {
+            self.send(CONFIG_CHANGE, VERSION | REPLY, &0_u64.to_le_bytes(), &[])
+                .expect("the back-end waits for it");
+        }
+    }
+
     /// Whether the back-end closes the connection within `limit`. Messages on the way are
     /// thrown away.
     pub fn closes_within(&self, limit: Duration) -> bool {
@@ -424,4 +446,39 @@ pub fn config_access(offset: u32, bytes: u32, flags: u32, payload: &[u8]) -> Vec
         .collect();
     body.extend_from_slice(payload);
     body
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn news_of_a_config_change_is_acknowledged_on_demand() {
+        let (ours, theirs) = UnixStream::pair().expect("no sockets");
+        let (ours, theirs) = (
+            Connection::from_stream(ours),
+            Connection::from_stream(theirs),
+        );
+        for flags in [VERSION | NEED_REPLY, VERSION] {
+            theirs
+                .send(CONFIG_CHANGE, flags, &[], &[])
+                .expect("it is sent");
+        }
+        ours.await_config_change();
+        ours.await_config_change();
+        let answer = theirs.receive(LIMIT).expect("an acknowledgement");
+        assert_eq!((answer.flags, answer.number()), (VERSION | REPLY, 0));
+        assert_eq!(theirs.receive(Duration::ZERO), Err(End::Silent));
+    }
+
+    #[test]
+    fn a_message_cut_short_is_an_end_and_not_a_hang() {
+        let (ours, theirs) = UnixStream::pair().expect("no sockets");
+        let ours = Connection::from_stream(ours);
+        rustix::io::write(&theirs, &header(1, VERSION | REPLY, 8)).expect("it is sent");
+        assert_eq!(ours.receive(Duration::from_millis(10)), Err(End::Silent));
+        rustix::io::write(&theirs, &header(1, VERSION | REPLY, 8)[..5]).expect("it is sent");
+        drop(theirs);
+        assert_eq!(ours.receive(LIMIT), Err(End::Closed));
+    }
 }

@@ -501,7 +501,7 @@ impl Frontend {
 
 /// Negotiates in the order in which QEMU does. Returns features and protocol features.
 #[track_caller]
-pub fn negotiate(connection: &mut Connection, wanted: &Wanted) -> (u64, u64) {
+fn negotiate(connection: &mut Connection, wanted: &Wanted) -> (u64, u64) {
     let offered = connection.ask(code::GET_FEATURES, &[]).number();
     let features = offered & wanted.features;
     let mut protocol_features = 0;
