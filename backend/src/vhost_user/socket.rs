@@ -76,7 +76,11 @@ impl From<Errno> for Closed {
 /// # Errors
 ///
 /// [`Closed::Stopping`], or the host's refusal to wait.
-pub(super) fn wait(fd: BorrowedFd<'_>, what: PollFlags, stop: BorrowedFd<'_>) -> Result<(), Closed> {
+pub(super) fn wait(
+    fd: BorrowedFd<'_>,
+    what: PollFlags,
+    stop: BorrowedFd<'_>,
+) -> Result<(), Closed> {
     loop {
         let mut fds = [
             PollFd::from_borrowed_fd(fd, what),
@@ -200,7 +204,11 @@ pub(super) fn send(
 /// # Errors
 ///
 /// [`Closed`] of the receiving side.
-pub(super) fn forward(from: &UnixStream, to: &UnixStream, stop: BorrowedFd<'_>) -> Result<(), Closed> {
+pub(super) fn forward(
+    from: &UnixStream,
+    to: &UnixStream,
+    stop: BorrowedFd<'_>,
+) -> Result<(), Closed> {
     let mut bytes = [0; HEADER_BYTES + MAX_BODY_BYTES];
     loop {
         let mut fds = Vec::new();
