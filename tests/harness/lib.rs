@@ -1,1 +1,6 @@
 //! What every test needs: a daemon to talk to, front-ends to talk with.
+
+pub mod driver;
+pub mod model;
+pub mod peer;
+pub mod random;
