@@ -120,7 +120,12 @@ fn connect_within(
             {
                 std::thread::sleep(Duration::from_millis(2));
             }
-            outcome => return outcome,
+            outcome => {
+                return outcome.map_err(|error| {
+                    let text = format!("cannot connect to {path}: {error}");
+                    io::Error::new(error.kind(), text)
+                });
+            }
         }
     }
 }

@@ -102,7 +102,10 @@ impl ModelDisk {
             let start = reading.sectors.start.max(sectors.start);
             let end = reading.sectors.end.min(sectors.end);
             for sector in start..end {
-                reading.possible[sector - reading.sectors.start].push(stamp);
+                let possible = &mut reading.possible[sector - reading.sectors.start];
+                if !possible.contains(&stamp) {
+                    possible.push(stamp);
+                }
             }
         }
         let ticket = Ticket(now);
@@ -138,7 +141,12 @@ impl ModelDisk {
         let ticket = Ticket(self.tick());
         let possible = self.sectors[sectors.clone()]
             .iter()
-            .map(|contents| contents.iter().map(|content| content.stamp).collect())
+            .map(|contents| {
+                let mut possible: Vec<Stamp> =
+                    contents.iter().map(|content| content.stamp).collect();
+                possible.dedup();
+                possible
+            })
             .collect();
         self.reads.insert(ticket, Reading { sectors, possible });
         ticket

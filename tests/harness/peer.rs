@@ -1,19 +1,19 @@
 //! Back-ends as processes: ours and those that it is compared with, started alike.
 #![expect(
     unsafe_code,
-    reason = "reads another process's CPU clock, for which there is no safe wrapper"
+    reason = "prepares a child between fork and exec; reads another process's CPU clock"
 )]
 
 use std::ffi::OsString;
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, kill_process, set_parent_process_death_signal};
 use tempfile::TempDir;
 
 /// How long an orderly stop may take.
@@ -134,7 +134,7 @@ impl Peer {
     /// [`Driver::connect`](crate::driver::Driver::connect).
     ///
     /// It may run where the calling thread may: pinning that thread while it starts a back-end
-    /// pins the back-end.
+    /// pins the back-end. It is killed when that thread ends, so that none is left behind.
     ///
     /// # Errors
     ///
@@ -144,12 +144,18 @@ impl Peer {
             .executable()
             .ok_or_else(|| io::Error::new(ErrorKind::NotFound, format!("no {program} found")))?;
         let directory = tempfile::tempdir()?;
-        let child = Command::new(executable)
+        let mut command = Command::new(executable);
+        command
             .args(program.arguments(setup, &directory.path().join("socket")))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(File::create(directory.path().join("stderr"))?)
-            .spawn()?;
+            .stderr(File::create(directory.path().join("stderr"))?);
+        // SAFETY: the closure makes one system call and nothing else, which is allowed between
+        // fork and exec.
+        unsafe {
+            command.pre_exec(|| Ok(set_parent_process_death_signal(Some(Signal::KILL))?));
+        }
+        let child = command.spawn()?;
         Ok(Self {
             program,
             child,
