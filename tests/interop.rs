@@ -8,11 +8,13 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use harness::driver::{Driver, Layout, Queue, Waiting};
+use harness::libblkio::{self, Libblkio, Request};
 use harness::model::{self, Change, ModelDisk, SECTOR_BYTES, Stamp, Ticket, ZEROES};
 use harness::peer::{Aio, Peer, Program, Setup};
 use harness::random::Random;
@@ -82,6 +84,17 @@ fn the_same_load_passes_on_qemu_storage_daemon() {
         return;
     }
     check(program, false, &[Waiting::Eventfd, Waiting::Polling]);
+}
+
+#[test]
+fn libblkio_reads_back_what_it_wrote() {
+    check_libblkio(Program::Stonework, false);
+    check_libblkio(Program::Stonework, true);
+}
+
+#[test]
+fn libblkio_reads_back_what_it_wrote_to_the_baseline() {
+    check_libblkio(Program::Baseline, false);
 }
 
 #[test]
@@ -170,11 +183,7 @@ fn check(program: Program, direct: bool, connections: &[Waiting]) {
     println!("{program} direct={direct}: INTEROP_SEED={seed}");
     let disk = Disk::new();
     let peer = Peer::start(program, disk.setup(direct)).unwrap();
-    let mut load = Load {
-        model: ModelDisk::new(DISK_SECTORS),
-        random: Random::new(seed),
-        last_stamp: ZEROES,
-    };
+    let mut load = Load::new(seed);
     for &waiting in connections {
         let mut driver = Driver::connect(&peer.socket(), LAYOUT, PATIENCE).unwrap();
         assert_eq!(driver.capacity_bytes, disk.bytes());
@@ -196,11 +205,66 @@ fn check(program: Program, direct: bool, connections: &[Waiting]) {
     load.model.check(&fs::read(&disk.file).unwrap()).unwrap();
 }
 
+/// The load of [`check`] in batches, through libblkio, on connections in turn.
+fn check_libblkio(program: Program, direct: bool) {
+    let seed = Random::seed("INTEROP_SEED");
+    println!("{program} direct={direct}, libblkio: INTEROP_SEED={seed}");
+    let disk = Disk::new();
+    let peer = Peer::start(program, disk.setup(direct)).unwrap();
+    // libblkio does not wait for a back-end to listen.
+    drop(Driver::connect(&peer.socket(), LAYOUT, PATIENCE).unwrap());
+    let mut load = Load::new(seed);
+    for _ in 0..3 {
+        let mut front_end = Libblkio::connect(&peer.socket(), LAYOUT.slot_bytes).unwrap();
+        assert_eq!(front_end.property("capacity").unwrap(), disk.bytes());
+        // Products of limits that we state: they must not overflow in there.
+        let max_transfer = front_end.property("max-transfer").unwrap();
+        assert!(i32::try_from(max_transfer).is_ok(), "{max_transfer:#x}");
+        for batch in 0..REQUESTS / libblkio::MAX_BATCH {
+            let queue = batch % front_end.queues();
+            if let Err(error) = load.batch(&mut front_end, queue) {
+                panic!(
+                    "{program} direct={direct} INTEROP_SEED={seed}, queue {queue}: {error}\n{}",
+                    peer.complaints()
+                );
+            }
+        }
+    }
+    peer.stop().unwrap();
+    load.model.check(&fs::read(&disk.file).unwrap()).unwrap();
+}
+
 /// A random load whose every read is checked.
 struct Load {
     model: ModelDisk,
     random: Random,
     last_stamp: Stamp,
+}
+
+/// A request before it is sent.
+#[derive(Debug, Clone)]
+struct Planned {
+    kind: Kind,
+    sectors: Range<usize>,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Kind {
+    Read,
+    Write(Stamp),
+    WriteZeroes { unmap: bool },
+    Discard,
+    Flush,
+}
+
+impl Planned {
+    fn offset(&self) -> u64 {
+        offset(self.sectors.start)
+    }
+
+    fn bytes(&self) -> usize {
+        self.sectors.len() * SECTOR_BYTES
+    }
 }
 
 /// What a slot is waiting for.
@@ -211,6 +275,76 @@ enum Pending {
 }
 
 impl Load {
+    fn new(seed: u64) -> Self {
+        Self {
+            model: ModelDisk::new(DISK_SECTORS),
+            random: Random::new(seed),
+            last_stamp: ZEROES,
+        }
+    }
+
+    /// Makes up a request.
+    fn plan(&mut self) -> Planned {
+        let kind = match self.random.below(100) {
+            0..40 => Kind::Read,
+            40..85 => {
+                self.last_stamp += 1;
+                Kind::Write(self.last_stamp)
+            }
+            85..90 => Kind::Flush,
+            90..95 => Kind::Discard,
+            _ => Kind::WriteZeroes {
+                unmap: self.random.below(2) == 0,
+            },
+        };
+        let longest = match kind {
+            Kind::Read | Kind::Write(_) | Kind::Flush => REQUEST_SECTORS,
+            Kind::WriteZeroes { .. } | Kind::Discard => ZERO_SECTORS,
+        };
+        // Short ones more often, for many partial overlaps.
+        let longest = 1 + self.random.below(longest as u64);
+        let count = 1 + self.random.below(longest) as usize;
+        let start = self.random.below((DISK_SECTORS - count + 1) as u64) as usize;
+        Planned {
+            kind,
+            sectors: start..start + count,
+        }
+    }
+
+    /// Tells the model of a request that is about to be sent, and prepares its `buffer`.
+    fn begin(&mut self, planned: &Planned, buffer: &mut [u8]) -> Pending {
+        let buffer = &mut buffer[..planned.bytes().min(LAYOUT.slot_bytes)];
+        let sectors = planned.sectors.clone();
+        let change = match planned.kind {
+            Kind::Flush => return Pending::Flush,
+            Kind::Read => {
+                // What was there before must not pass for what was read.
+                buffer.fill(0xa5);
+                return Pending::Read {
+                    ticket: self.model.begin_read(sectors),
+                    bytes: planned.bytes(),
+                };
+            }
+            Kind::Write(stamp) => {
+                model::fill(buffer, stamp, sectors.start);
+                Change::Write(stamp)
+            }
+            Kind::WriteZeroes { .. } => Change::Write(ZEROES),
+            Kind::Discard => Change::Discard,
+        };
+        Pending::Change(self.model.begin_change(sectors, change))
+    }
+
+    /// Tells the model of a request's success, and checks its `buffer`.
+    fn end(&mut self, done: Pending, buffer: &[u8]) -> Result<(), String> {
+        match done {
+            Pending::Read { ticket, bytes } => self.model.end_read(ticket, &buffer[..bytes])?,
+            Pending::Change(ticket) => self.model.end_change(ticket),
+            Pending::Flush => {}
+        }
+        Ok(())
+    }
+
     /// Keeps a random number of requests in flight in both queues until [`REQUESTS`] are done.
     fn run(&mut self, queues: &mut [Queue], waiting: Waiting) -> Result<(), String> {
         let mut pending: Vec<Vec<Option<Pending>>> = queues
@@ -223,7 +357,7 @@ impl Load {
             for (queue, pending) in queues.iter_mut().zip(&mut pending) {
                 for (slot, pending) in pending.iter_mut().enumerate() {
                     if left > 0 && pending.is_none() && self.random.below(4) > 0 {
-                        *pending = Some(self.begin(queue, slot).map_err(sentence)?);
+                        *pending = Some(self.send(queue, slot).map_err(sentence)?);
                         left -= 1;
                     }
                 }
@@ -235,9 +369,10 @@ impl Load {
                 }
                 for slot in completed(queue, waiting)? {
                     progress = Instant::now();
-                    if let Some(done) = pending[slot].take() {
-                        self.end(queue, slot, done)?;
-                    }
+                    let done = pending[slot]
+                        .take()
+                        .ok_or("a request completed that was not in flight")?;
+                    self.end(done, queue.buffer(slot))?;
                 }
             }
             if progress.elapsed() > PATIENCE {
@@ -247,65 +382,50 @@ impl Load {
         Ok(())
     }
 
-    fn begin(&mut self, queue: &mut Queue, slot: usize) -> io::Result<Pending> {
-        let kind = self.random.below(100);
-        let longest = if kind < 90 {
-            REQUEST_SECTORS
-        } else {
-            ZERO_SECTORS
-        };
-        // Short ones more often, for many partial overlaps.
-        let longest = 1 + self.random.below(longest as u64);
-        let count = 1 + self.random.below(longest) as usize;
-        let start = self.random.below((DISK_SECTORS - count + 1) as u64) as usize;
-        let sectors = start..start + count;
-        let bytes = count * SECTOR_BYTES;
+    /// Puts one more request into `queue`.
+    fn send(&mut self, queue: &mut Queue, slot: usize) -> io::Result<Pending> {
+        let planned = self.plan();
+        let pending = self.begin(&planned, queue.buffer(slot));
         let segments = 1 + self.random.below(8) as usize;
-        Ok(match kind {
-            0..40 => {
-                let ticket = self.model.begin_read(sectors);
-                // What was there before must not pass for what was read.
-                queue.buffer(slot)[..bytes].fill(0xa5);
-                queue.read(slot, offset(start), bytes, segments)?;
-                Pending::Read { ticket, bytes }
+        let (offset, bytes) = (planned.offset(), planned.bytes());
+        match planned.kind {
+            Kind::Read => queue.read(slot, offset, bytes, segments)?,
+            Kind::Write(_) => queue.write(slot, offset, bytes, segments)?,
+            Kind::Flush => queue.flush(slot)?,
+            Kind::Discard => queue.discard(slot, offset, bytes as u64)?,
+            Kind::WriteZeroes { unmap } => {
+                queue.write_zeroes(slot, offset, bytes as u64, unmap)?;
             }
-            40..85 => {
-                self.last_stamp += 1;
-                model::fill(
-                    &mut queue.buffer(slot)[..bytes],
-                    self.last_stamp,
-                    sectors.start,
-                );
-                let change = Change::Write(self.last_stamp);
-                let ticket = self.model.begin_change(sectors, change);
-                queue.write(slot, offset(start), bytes, segments)?;
-                Pending::Change(ticket)
-            }
-            85..90 => {
-                queue.flush(slot)?;
-                Pending::Flush
-            }
-            90..95 => {
-                let ticket = self.model.begin_change(sectors, Change::Discard);
-                queue.discard(slot, offset(start), bytes as u64)?;
-                Pending::Change(ticket)
-            }
-            _ => {
-                let ticket = self.model.begin_change(sectors, Change::Write(ZEROES));
-                let unmap = self.random.below(2) == 0;
-                queue.write_zeroes(slot, offset(start), bytes as u64, unmap)?;
-                Pending::Change(ticket)
-            }
-        })
+        }
+        Ok(pending)
     }
 
-    fn end(&mut self, queue: &mut Queue, slot: usize, done: Pending) -> Result<(), String> {
-        match done {
-            Pending::Read { ticket, bytes } => {
-                self.model.end_read(ticket, &queue.buffer(slot)[..bytes])?;
-            }
-            Pending::Change(ticket) => self.model.end_change(ticket),
-            Pending::Flush => {}
+    /// Sends a batch through libblkio, in which everything is in flight at once.
+    fn batch(&mut self, front_end: &mut Libblkio, queue: usize) -> Result<(), String> {
+        let mut requests = Vec::new();
+        let mut pending = Vec::new();
+        for slot in 0..libblkio::MAX_BATCH {
+            let planned = self.plan();
+            pending.push(self.begin(&planned, front_end.buffer(slot)));
+            let (offset, bytes) = (planned.offset(), planned.bytes());
+            requests.push(match planned.kind {
+                Kind::Read => Request::Read { offset, bytes },
+                Kind::Write(_) => Request::Write { offset, bytes },
+                Kind::Flush => Request::Flush,
+                Kind::Discard => Request::Discard {
+                    offset,
+                    bytes: bytes as u64,
+                },
+                Kind::WriteZeroes { unmap } => Request::WriteZeroes {
+                    offset,
+                    bytes: bytes as u64,
+                    unmap,
+                },
+            });
+        }
+        front_end.perform(queue, &requests, PATIENCE)?;
+        for (slot, done) in pending.into_iter().enumerate() {
+            self.end(done, front_end.buffer(slot))?;
         }
         Ok(())
     }

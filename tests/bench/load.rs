@@ -7,7 +7,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -97,6 +97,7 @@ pub(crate) fn measure<L: Lane>(
     cpu_time: impl Fn() -> io::Result<Duration>,
 ) -> io::Result<Measurement> {
     let phase = AtomicU8::new(WARM_UP);
+    let has_progressed = AtomicBool::new(false);
     let (sender, outcomes) = mpsc::channel();
     let queues = lanes.len();
     std::thread::scope(|scope| {
@@ -107,6 +108,7 @@ pub(crate) fn measure<L: Lane>(
                 blocks: job.blocks,
                 random: Random::new(index as u64 + 1),
                 phase: &phase,
+                has_progressed: &has_progressed,
                 may_yield,
             };
             let sender = sender.clone();
@@ -121,6 +123,10 @@ pub(crate) fn measure<L: Lane>(
         let start = (Instant::now(), cpu_time()?);
         phase.store(MEASURE, Ordering::Relaxed);
         std::thread::sleep(job.seconds);
+        // A disk that stalls for so long is slow, which is a result too.
+        while !has_progressed.load(Ordering::Relaxed) && start.0.elapsed() < PATIENCE {
+            std::thread::sleep(Duration::from_millis(1));
+        }
         phase.store(STOP, Ordering::Relaxed);
         let end = (Instant::now(), cpu_time()?);
 
@@ -215,6 +221,8 @@ struct Client<'a, L> {
     blocks: u64,
     random: Random,
     phase: &'a AtomicU8,
+    /// Set when something has been measured.
+    has_progressed: &'a AtomicBool,
     may_yield: bool,
 }
 
@@ -247,6 +255,9 @@ impl<L: Lane> Client<'_, L> {
                     for &slot in &done {
                         let nanoseconds = (now - started[slot]).as_nanos() as u64;
                         latency.saturating_record(nanoseconds);
+                    }
+                    if !self.has_progressed.load(Ordering::Relaxed) {
+                        self.has_progressed.store(true, Ordering::Relaxed);
                     }
                 }
                 _ => break,

@@ -167,14 +167,15 @@ impl ModelDisk {
         assert_eq!(data.len(), reading.sectors.len() * SECTOR_BYTES);
         let sectors = reading.sectors.clone().zip(&reading.possible);
         for ((sector, possible), bytes) in sectors.zip(data.chunks_exact(SECTOR_BYTES)) {
-            if !possible.iter().any(|&stamp| holds(stamp, sector, bytes)) {
+            if let Some(word) = impossible_word(possible, sector, bytes) {
                 return Err(format!(
-                    "sector {sector} (offset {:#x}) holds {:02x?}..., but could hold only {}",
+                    "sector {sector} (offset {:#x}) holds {:02x?} at {:#x}, but could hold only {}",
                     sector * SECTOR_BYTES,
-                    &bytes[..16],
+                    &bytes[word * 8..][..8],
+                    word * 8,
                     possible
                         .iter()
-                        .map(|&stamp| describe(stamp, sector))
+                        .map(|&stamp| describe(stamp, sector, word))
                         .collect::<Vec<_>>()
                         .join(" or ")
                 ));
@@ -208,12 +209,13 @@ pub fn fill(data: &mut [u8], stamp: Stamp, first_sector: usize) {
     }
 }
 
-/// Whether `bytes` is what a write of `stamp` puts to `sector`.
-fn holds(stamp: Stamp, sector: usize, bytes: &[u8]) -> bool {
-    bytes
-        .chunks_exact(8)
-        .enumerate()
-        .all(|(word, bytes)| bytes == content(stamp, sector, word).to_ne_bytes())
+/// The first word of `bytes`, read from `sector`, that no write in `possible` puts there.
+fn impossible_word(possible: &[Stamp], sector: usize, bytes: &[u8]) -> Option<usize> {
+    bytes.chunks_exact(8).enumerate().position(|(word, bytes)| {
+        !possible
+            .iter()
+            .any(|&stamp| bytes == content(stamp, sector, word).to_ne_bytes())
+    })
 }
 
 /// One of a sector's 64 words.
@@ -224,12 +226,12 @@ fn content(stamp: Stamp, sector: usize, word: usize) -> u64 {
     mix(mix(stamp) ^ ((sector as u64) << 6 | word as u64))
 }
 
-fn describe(stamp: Stamp, sector: usize) -> String {
+fn describe(stamp: Stamp, sector: usize, word: usize) -> String {
     if stamp == ZEROES {
         return "zeroes".to_owned();
     }
-    let word = content(stamp, sector, 0).to_ne_bytes();
-    format!("write {stamp} ({word:02x?}...)")
+    let bytes = content(stamp, sector, word).to_ne_bytes();
+    format!("write {stamp} ({bytes:02x?})")
 }
 
 #[cfg(test)]
@@ -288,6 +290,19 @@ mod tests {
         }
         let read = disk.begin_read(1..2);
         disk.end_read(read, &sector(5, 1)).unwrap_err();
+    }
+
+    #[test]
+    fn a_sector_read_while_it_is_written_may_be_half_old_and_half_new() {
+        let mut disk = ModelDisk::new(4);
+        let mut mixture = sector(5, 1);
+        mixture[..SECTOR_BYTES / 2].fill(0);
+        let read = disk.begin_read(1..2);
+        let write = disk.begin_change(1..2, Change::Write(5));
+        disk.end_change(write);
+        disk.end_read(read, &mixture).unwrap();
+        let read = disk.begin_read(1..2);
+        disk.end_read(read, &mixture).unwrap_err();
     }
 
     #[test]
