@@ -110,6 +110,7 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     let mut disk = Disk::create(&arguments.file, arguments.mebibytes << 20)?;
     let placement = Placement::detect()?;
     let mut results = BTreeMap::new();
+    let mut outcome = Ok(());
     let (start, quiet) = (Instant::now(), Activity::now()?);
     for (index, &row) in rows.iter().enumerate() {
         eprintln!(
@@ -129,7 +130,14 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
             row,
             seconds,
         };
-        results.insert(row, bench.measure(&backends, arguments.rounds)?);
+        match bench.measure(&backends, arguments.rounds) {
+            Ok(cells) => drop(results.insert(row, cells)),
+            Err(error) => {
+                // Minutes of measurements are worth showing.
+                outcome = Err(error);
+                break;
+            }
+        }
     }
     let heading = machine::heading(disk.path(), arguments.mebibytes, &placement, &backends)?;
     if arguments.markdown {
@@ -144,7 +152,7 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
         start.elapsed().as_secs_f64(),
         Activity::now()?.describe_since(quiet)
     );
-    Ok(())
+    outcome
 }
 
 /// The measurements of one row.
