@@ -52,7 +52,7 @@ fn odd_number(random: &mut Random) -> u64 {
         u64::MAX,
     ]);
     match random.below(4) {
-        0 => random.number(),
+        0 => random.next_u64(),
         1 => random.below(8),
         2 => edge.wrapping_sub(random.below(4)),
         _ => edge,
@@ -87,7 +87,7 @@ fn random_messages_do_no_harm() {
         for _ in 0..random.below(30) {
             // Mostly messages that exist, mostly of a size that exists.
             let code = if random.below(20) == 0 {
-                random.number() as u32
+                random.next_u64() as u32
             } else {
                 random.below(42) as u32
             };
@@ -163,14 +163,14 @@ fn random_descriptors_do_no_harm() {
                 addr,
                 len,
                 flags: match random.below(8) {
-                    0 => random.number() as u16,
+                    0 => random.next_u64() as u16,
                     1 if !first => INDIRECT,
                     2 | 3 => WRITE,
                     4..=6 if !first => NEXT | WRITE,
                     _ => NEXT,
                 },
                 next: if random.below(16) == 0 {
-                    random.number() as u16
+                    random.next_u64() as u16
                 } else {
                     random.below(64) as u16
                 },
