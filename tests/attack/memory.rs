@@ -182,7 +182,7 @@ fn more_regions_than_slots_are_refused() {
         let slots = frontend
             .connection
             .ask(code::GET_MAX_MEM_SLOTS, &[])
-            .next_u64();
+            .number();
         assert!(slots <= 1024, "{slots} slots are not worth trying");
         let file = memory_file(4096);
         // The guest's memory has one of them.
