@@ -103,7 +103,7 @@ fn a_size_that_is_no_multiple_of_512_is_refused() {
     for bytes in [1, 511, 513, 1_000_000] {
         let disk = place.file("disk.raw", &vec![0x44; bytes]);
         let refusal = run(serve(&disk, &place.join("vm.sock"), &[]));
-        says(&refusal, 1, &[text(&disk), "512", &bytes.to_string()]);
+        says(&refusal, 1, &["512", &bytes.to_string()]);
         assert!(fs::read(&disk).expect("it is there") == vec![0x44; bytes]);
     }
 }
@@ -117,7 +117,7 @@ fn a_size_that_is_no_multiple_of_the_block_size_is_refused() {
         &place.join("vm.sock"),
         &["--block-size", "4096"],
     ));
-    says(&refusal, 1, &[text(&disk), "4096"]);
+    says(&refusal, 1, &["4096"]);
     let daemon = Daemon::serve(&disk, &place.join("vm.sock"), &[]);
     serves(&place.join("vm.sock"));
     daemon.stop();

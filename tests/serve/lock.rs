@@ -50,12 +50,18 @@ fn an_image_that_qemu_writes_is_refused_until_it_is_free() {
         .status()
         .expect("qemu-img is installed");
     assert!(made.success());
+    // As raw, its size has to be a whole number of sectors.
+    fs::File::options()
+        .write(true)
+        .open(&image)
+        .and_then(|file| file.set_len(MIB))
+        .expect("it can grow");
     let before = fs::read(&image).expect("it was made");
     let socket = place.join("vm.sock");
     let holder = Holder::open(&image);
     for options in [&[][..], &["--read-only"]] {
         let refusal = run(serve(&image, &socket, options));
-        says(&refusal, 1, &[text(&image), "lock"]);
+        says(&refusal, 1, &[text(&image), "in use"]);
         assert!(!socket.exists());
     }
     assert!(fs::read(&image).expect("it is there") == before);
@@ -104,14 +110,14 @@ fn two_daemons_do_not_write_one_image() {
     let daemon = Daemon::serve(&disk, &socket, &[]);
     for options in [&[][..], &["--read-only"]] {
         let refusal = run(serve(&disk, &place.join("second.sock"), options));
-        says(&refusal, 1, &[text(&disk), "lock"]);
+        says(&refusal, 1, &[text(&disk), "in use"]);
         assert!(!place.join("second.sock").exists());
     }
     // Under another name, it is the same file.
     let link = place.join("link.raw");
     fs::hard_link(&disk, &link).expect("a link can be made");
     let refusal = run(serve(&link, &place.join("second.sock"), &[]));
-    says(&refusal, 1, &[text(&link), "lock"]);
+    says(&refusal, 1, &[text(&link), "in use"]);
     serves(&socket);
     daemon.stop();
 }
@@ -131,7 +137,7 @@ fn any_number_may_read_one_image() {
         })
         .collect();
     let refusal = run(serve(&disk, &place.join("writer.sock"), &[]));
-    says(&refusal, 1, &[text(&disk), "lock"]);
+    says(&refusal, 1, &[text(&disk), "in use"]);
     daemons.into_iter().for_each(Daemon::stop);
 }
 

@@ -60,7 +60,14 @@ fn without_rights(place: &Place, args: &[&str]) -> Command {
         return stonework(args);
     }
     let binary = place.join("stonework");
-    fs::copy(stonework_path(), &binary).expect("the executable can be copied");
+    // By another process: a file that this one has open for writing may be inherited by the
+    // child of a test beside this one, and cannot be executed then.
+    let copied = Command::new("cp")
+        .arg(stonework_path())
+        .arg(&binary)
+        .status()
+        .expect("cp is installed");
+    assert!(copied.success(), "the executable cannot be copied");
     for path in [place.path(), &binary] {
         fs::set_permissions(path, fs::Permissions::from_mode(0o755)).expect("it is ours");
     }

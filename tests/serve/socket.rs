@@ -20,11 +20,11 @@ fn a_socket_in_use_is_refused_and_its_owner_goes_on() {
     let second = place.sparse("b.raw", MIB);
     // With a front-end and without one.
     let refusal = run(serve(&second, &socket, &[]));
-    says(&refusal, 1, &[text(&socket), "in use"]);
+    says(&refusal, 1, &[text(&socket), "another process listens"]);
     let mut frontend = Frontend::connect(&socket);
     let mut ring = frontend.start_queue(0, 64);
     let refusal = run(serve(&second, &socket, &[]));
-    says(&refusal, 1, &[text(&socket), "in use"]);
+    says(&refusal, 1, &[text(&socket), "another process listens"]);
     frontend.write(&mut ring, 3, &[3; SECTOR]);
     assert_eq!(frontend.read(&mut ring, 3, SECTOR), [3; SECTOR]);
     drop(frontend);

@@ -60,3 +60,15 @@ fn an_unknown_format_is_refused_by_name() {
     assert!(refusal.errors.contains("qcow9"), "{refusal:?}");
     assert!(refusal.errors.contains("raw"), "{refusal:?}");
 }
+
+#[test]
+fn a_serial_of_more_than_twenty_bytes_is_refused_and_not_cut() {
+    let place = Place::new();
+    let disk = place.sparse("disk.raw", MIB);
+    let serial = "abcdefghijklmnopqrstu";
+    let refusal = run(serve(&disk, &place.join("s"), &["--serial", serial]));
+    assert!(matches!(refusal.code, Some(1 | 2)), "{refusal:?}");
+    for word in [serial, "20"] {
+        assert!(refusal.errors.contains(word), "{refusal:?}");
+    }
+}
