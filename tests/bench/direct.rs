@@ -10,7 +10,6 @@ use std::io;
 use std::os::fd::AsRawFd;
 
 use harness::driver::Waiting;
-use harness::peer::cpu_time;
 use io_uring::types::Fixed;
 use io_uring::{IoUring, opcode};
 
@@ -28,7 +27,6 @@ pub(crate) fn measure(job: &Job<'_>, placement: &Placement) -> io::Result<Measur
         .map(|_| Direct::new(file.try_clone()?, job))
         .collect::<io::Result<Vec<_>>>()?;
     load::verify(job, &mut lanes, u64::from(std::process::id()))?;
-    let id = std::process::id();
     load::measure(
         job,
         lanes,
@@ -36,7 +34,7 @@ pub(crate) fn measure(job: &Job<'_>, placement: &Placement) -> io::Result<Measur
         // it, and served rows have as many CPUs between them.
         || Ok(()),
         placement.is_shared(job.row),
-        || cpu_time(id),
+        None,
     )
 }
 

@@ -12,9 +12,11 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use harness::model;
+use harness::peer::{Peer, cpu_time};
 use harness::random::Random;
 use hdrhistogram::Histogram;
 
+use crate::machine::Activity;
 use crate::row::{BLOCK_BYTES, Operation, Row};
 
 /// Time beyond its own after which a measurement is taken to hang.
@@ -41,6 +43,8 @@ pub(crate) struct Measurement {
     pub(crate) p99_us: f64,
     /// CPU time of the back-end's process per request.
     pub(crate) cpu_us: f64,
+    /// What part of the machine's CPU time went to neither back-end nor client meanwhile.
+    pub(crate) others: f64,
 }
 
 impl Job<'_> {
@@ -88,14 +92,17 @@ const STOP: u8 = 2;
 
 /// Runs `job` on `lanes`, one per queue. `prepare_thread` is called on each client thread first.
 ///
-/// `cpu_time` is that of whoever serves the requests.
+/// Without a `server` the client serves itself, and the CPU time is its own.
 pub(crate) fn measure<L: Lane>(
     job: &Job<'_>,
     lanes: Vec<L>,
     prepare_thread: impl Fn() -> io::Result<()> + Sync,
     may_yield: bool,
-    cpu_time: impl Fn() -> io::Result<Duration>,
+    server: Option<&Peer>,
 ) -> io::Result<Measurement> {
+    let client_time = || cpu_time(std::process::id());
+    let server_time = || server.map_or(Ok(Duration::ZERO), Peer::cpu_time);
+    let sample = || Ok::<_, io::Error>((client_time()?, server_time()?, Activity::now()?));
     let phase = AtomicU8::new(WARM_UP);
     let has_progressed = AtomicBool::new(false);
     let (sender, outcomes) = mpsc::channel();
@@ -120,15 +127,18 @@ pub(crate) fn measure<L: Lane>(
             });
         }
         std::thread::sleep(job.seconds / 4);
-        let start = (Instant::now(), cpu_time()?);
+        let before = sample()?;
+        let start = Instant::now();
         phase.store(MEASURE, Ordering::Relaxed);
         std::thread::sleep(job.seconds);
         // A disk that stalls for so long is slow, which is a result too.
-        while !has_progressed.load(Ordering::Relaxed) && start.0.elapsed() < PATIENCE {
+        while !has_progressed.load(Ordering::Relaxed) && start.elapsed() < PATIENCE {
             std::thread::sleep(Duration::from_millis(1));
         }
         phase.store(STOP, Ordering::Relaxed);
-        let end = (Instant::now(), cpu_time()?);
+        let seconds = start.elapsed().as_secs_f64();
+        let after = sample()?;
+        let (client, server_only) = (after.0 - before.0, after.1 - before.1);
 
         let mut latency = histogram()?;
         for _ in 0..queues {
@@ -145,10 +155,11 @@ pub(crate) fn measure<L: Lane>(
         }
         let us = |quantile: f64| latency.value_at_quantile(quantile) as f64 / 1e3;
         Ok(Measurement {
-            iops: requests / (end.0 - start.0).as_secs_f64(),
+            iops: requests / seconds,
             median_us: us(0.5),
             p99_us: us(0.99),
-            cpu_us: (end.1 - start.1).as_secs_f64() * 1e6 / requests,
+            cpu_us: server.map_or(client, |_| server_only).as_secs_f64() * 1e6 / requests,
+            others: after.2.others_since(before.2, client + server_only),
         })
     })
 }

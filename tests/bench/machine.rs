@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::path::Path;
 use std::process::Command;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use harness::peer::{Aio, Program};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
@@ -14,6 +14,9 @@ use crate::row::Row;
 
 /// Our dependencies' versions are in here.
 const LOCK_FILE: &str = include_str!("../../Cargo.lock");
+
+/// The unit of /proc/stat: USER_HZ, which is 100 on every architecture that we run on.
+const TICKS_PER_SECOND: f64 = 100.0;
 
 /// Which CPUs back-ends and clients have.
 #[derive(Debug)]
@@ -89,22 +92,20 @@ fn set(cpus: &[usize]) -> CpuSet {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Activity {
     all: u64,
-    stolen: u64,
     busy: u64,
-    ours: u64,
+    stolen: u64,
 }
 
 impl Activity {
-    /// Up to now. Back-ends count as ours once they have been waited for.
+    /// Up to now.
     pub(crate) fn now() -> io::Result<Self> {
-        let machine = fs::read_to_string("/proc/stat")?;
-        let own = fs::read_to_string("/proc/self/stat")?;
-        Self::parse(&machine, &own).ok_or_else(|| io::Error::other("/proc is not as expected"))
+        Self::parse(&fs::read_to_string("/proc/stat")?)
+            .ok_or_else(|| io::Error::other("/proc/stat is not as expected"))
     }
 
-    fn parse(machine: &str, own: &str) -> Option<Self> {
+    fn parse(stat: &str) -> Option<Self> {
         // user nice system idle iowait irq softirq steal; guest time is in user already.
-        let line = machine.lines().next()?.strip_prefix("cpu ")?;
+        let line = stat.lines().next()?.strip_prefix("cpu ")?;
         let ticks: Vec<u64> = line
             .split_whitespace()
             .map_while(|word| word.parse().ok())
@@ -113,32 +114,18 @@ impl Activity {
             return None;
         };
         let busy = user + nice + system + irq + softirq;
-        // The name, which may contain anything, ends at the last parenthesis. Of the fields that
-        // follow, these are utime, stime, cutime and cstime.
-        let fields = own.rsplit_once(')')?.1.split_whitespace();
-        let ours = fields
-            .skip(11)
-            .take(4)
-            .map_while(|word| word.parse::<u64>().ok());
         Some(Self {
             all: busy + idle + iowait + stolen,
-            stolen,
             busy,
-            ours: ours.sum(),
+            stolen,
         })
     }
 
-    /// A sentence on how quiet the machine has been since `start`.
-    pub(crate) fn describe_since(self, start: Self) -> String {
-        let all = (self.all - start.all).max(1) as f64;
-        let ours = self.ours.saturating_sub(start.ours);
-        let others = (self.busy - start.busy).saturating_sub(ours) as f64;
-        let stolen = (self.stolen - start.stolen) as f64;
-        format!(
-            "Others used {:.0} % of the machine's CPU time meanwhile, {:.0} % was stolen.",
-            others / all * 100.0,
-            stolen / all * 100.0
-        )
+    /// What part of the time since `start` went to others, or was stolen, if `ours` went to us.
+    pub(crate) fn others_since(self, start: Self, ours: Duration) -> f64 {
+        let ours = ours.as_secs_f64() * TICKS_PER_SECOND;
+        let busy = (self.busy + self.stolen - start.busy - start.stolen) as f64;
+        (busy - ours).max(0.0) / (self.all - start.all).max(1) as f64
     }
 }
 
@@ -279,13 +266,10 @@ mod tests {
 
     #[test]
     fn what_others_used_is_what_is_left_of_the_busy_time() {
-        let own = |ticks| format!("1 (a) b) S 0 0 0 0 0 0 0 0 0 0 {ticks} 1 1 1 20 0");
-        let start = Activity::parse("cpu  10 0 10 100 0 0 0 5 0 0\ncpu0 ...", &own(0)).unwrap();
-        let end = Activity::parse("cpu  40 0 20 140 0 0 0 25 0 0\n", &own(30)).unwrap();
-        assert_eq!(
-            end.describe_since(start),
-            "Others used 10 % of the machine's CPU time meanwhile, 20 % was stolen."
-        );
+        let start = Activity::parse("cpu  10 0 10 100 0 0 0 5 0 0\ncpu0 ...").unwrap();
+        let end = Activity::parse("cpu  40 0 20 140 0 0 0 25 0 0\n").unwrap();
+        let others = end.others_since(start, Duration::from_millis(300));
+        assert!((others - 0.3).abs() < 1e-9, "{others}");
     }
 
     #[test]

@@ -63,7 +63,7 @@ fn load_peer(peer: &Peer, job: &Job<'_>, placement: &Placement) -> io::Result<Me
         lanes,
         || placement.pin_client(job.row),
         placement.is_shared(job.row),
-        || peer.cpu_time(),
+        Some(peer),
     )
 }
 

@@ -7,8 +7,6 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-use harness::peer::cpu_time;
-
 use crate::load::{self, Block, Job, Lane, Measurement};
 use crate::machine::Placement;
 use crate::row::{BLOCK_BYTES, Operation};
@@ -25,14 +23,13 @@ pub(crate) fn measure(job: &Job<'_>, placement: &Placement) -> io::Result<Measur
             })
         })
         .collect::<io::Result<Vec<_>>>()?;
-    let id = std::process::id();
-    load::verify(job, &mut lanes, u64::from(id))?;
+    load::verify(job, &mut lanes, u64::from(std::process::id()))?;
     load::measure(
         job,
         lanes,
         || placement.pin_client(job.row),
         placement.is_shared(job.row),
-        || cpu_time(id),
+        None,
     )
 }
 
