@@ -1,10 +1,28 @@
-//! The block layer.
+//! The block layer of stonework: a graph of nodes through which virtual disks are read and written.
+//!
+//! A **node** has a driver: a protocol at the end of a chain (a file on the host), a format that gives
+//! its child's bytes a meaning, or a filter. Nodes are joined by edges that carry permissions. Whoever
+//! uses a disk, an export or a job, uses a node.
+//!
+//! There are two APIs, and the compiler tells them apart:
+//!
+//! * [`graph`], the **global-state API**, opens, changes and closes nodes. It belongs to the control
+//!   thread: everything in it is `!Send` and hangs on a [`graph::Control`].
+//! * [`io`], the **I/O API**, moves data. It belongs to the workers: everything in it starts from an
+//!   [`io::Root`], which has its worker's [`io::IoContext`] and a compiled [`io::Plan`], and cannot
+//!   reach the graph.
+//!
+//! Who waits for whom: connection threads for the control thread, the control thread for workers,
+//! workers for the kernel. Nobody waits the other way; a worker *posts* and goes on.
 
+pub mod driver;
 pub mod engine;
 pub mod error;
 pub mod executor;
+pub mod graph;
 pub mod io;
 pub mod mailbox;
+pub mod options;
 pub(crate) mod sync;
 
 pub use error::{Error, ErrorKind, IoError};

@@ -1,1 +1,16 @@
-//! x
+//! The drivers of stonework's nodes: files and devices of the host, and what images are made of.
+//!
+//! Each module is a driver; [`drivers`] lists them for whoever builds a graph. What a driver must do is
+//! in [`blockcore::driver`].
+
+pub mod file;
+pub mod null;
+pub mod probe;
+pub mod raw;
+
+use blockcore::driver::DriverType;
+
+/// Every driver, for registration.
+pub fn drivers() -> Vec<&'static DriverType> {
+    vec![&file::FILE, &file::HOST_DEVICE, &raw::RAW, &null::NULL_CO]
+}

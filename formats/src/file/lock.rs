@@ -1,0 +1,147 @@
+//! Image locks: permissions as other processes see them.
+//!
+//! As QEMU has them, so that both keep out of each other's images: for each permission that is used,
+//! a shared lock on byte 100 + its bit; for each that is not shared with others, one on byte 200 + its
+//! bit. Then both are tested the other way round. The locks are OFD locks on the very description
+//! that does the I/O, so they last until the last of it has landed, even if the process dies first.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use blockcore::engine::{Errno, HostCall, OpenFile};
+use blockcore::graph::permission::Permissions;
+use blockcore::io::IoContext;
+use blockcore::{Error, ErrorKind};
+
+/// Byte of the first permission that is used.
+const USED: u64 = 100;
+/// Byte of the first permission that is not shared.
+const UNSHARED: u64 = 200;
+
+/// Takes the locks for `needs` and `shares`; on failure `file` must be closed, which drops them.
+///
+/// # Errors
+///
+/// [`ErrorKind::Busy`] that names the permission and, where the host tells, the process;
+/// [`ErrorKind::Unsupported`] where the file system has no such locks.
+pub(super) async fn take(
+    context: &IoContext,
+    file: &Arc<OpenFile>,
+    needs: Permissions,
+    shares: Permissions,
+) -> Result<(), Error> {
+    let bits = |set: Permissions| (0..8_u64).filter(move |bit| set.bits() & (1 << bit) != 0);
+    let unshared = Permissions::all() - shares;
+    let mine = bits(needs)
+        .map(|bit| USED + bit)
+        .chain(bits(unshared).map(|bit| UNSHARED + bit));
+    for byte in mine {
+        let call = HostCall::LockShared(Arc::clone(file), byte);
+        context.host(call).await.map_err(|error| match error {
+            Errno::AGAIN => held(file.path(), byte),
+            error => refused(file.path(), error),
+        })?;
+    }
+    let others = bits(needs)
+        .map(|bit| UNSHARED + bit)
+        .chain(bits(unshared).map(|bit| USED + bit));
+    for byte in others {
+        let call = HostCall::TestLock(Arc::clone(file), byte);
+        context.host(call).await.map_err(|error| match error {
+            Errno::AGAIN => held(file.path(), byte),
+            error => refused(file.path(), error),
+        })?;
+    }
+    Ok(())
+}
+
+fn refused(path: &Path, error: Errno) -> Error {
+    Error::host(
+        format!(
+            "cannot lock '{}' (option 'locking=off' opens it without, if nobody else uses it)",
+            path.display()
+        ),
+        error,
+    )
+}
+
+fn held(path: &Path, byte: u64) -> Error {
+    let (bit, what) = match byte.checked_sub(UNSHARED) {
+        Some(bit) => (bit, "does not share"),
+        None => (byte - USED, "uses"),
+    };
+    let permission = Permissions::from_bits_truncate(1 << bit).names();
+    let who = match holders(path, byte).as_slice() {
+        [] => "another process".to_owned(),
+        holders => holders.join(" and "),
+    };
+    Error::new(
+        ErrorKind::Busy,
+        format!("'{}' is in use: {who} {what} {permission}", path.display()),
+    )
+}
+
+/// Processes whose descriptors hold a lock on this byte of the file, as far as `/proc` shows them.
+fn holders(path: &Path, byte: u64) -> Vec<String> {
+    let Ok(image) = fs::metadata(path) else {
+        return Vec::new();
+    };
+    let mut found = Vec::new();
+    for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let name = process.file_name();
+        let Some(pid) = name.to_str().and_then(|name| name.parse::<u32>().ok()) else {
+            continue;
+        };
+        if pid == std::process::id() {
+            continue;
+        }
+        let infos = fs::read_dir(process.path().join("fdinfo"));
+        let holds = infos.into_iter().flatten().flatten().any(|info| {
+            fs::read_to_string(info.path())
+                .is_ok_and(|text| text.lines().any(|line| is_lock(line, image.ino(), byte)))
+        });
+        if holds {
+            let command = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
+            found.push(format!("process {pid} ({})", command.trim()));
+        }
+    }
+    found
+}
+
+/// Whether a line of `fdinfo` is a lock on this byte of this inode:
+/// `lock: 1: OFDLCK ADVISORY READ -1 fd:01:1234 100 100`.
+fn is_lock(line: &str, inode: u64, byte: u64) -> bool {
+    let mut words = line.split_whitespace();
+    if words.next() != Some("lock:") {
+        return false;
+    }
+    let words: Vec<_> = words.collect();
+    let [.., file, begin, end] = words.as_slice() else {
+        return false;
+    };
+    let same_file = file.rsplit(':').next().and_then(|text| text.parse().ok()) == Some(inode);
+    let begins = begin.parse::<u64>().is_ok_and(|begin| begin <= byte);
+    let ends = *end == "EOF" || end.parse::<u64>().is_ok_and(|end| end >= byte);
+    same_file && begins && ends
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lock_line_is_recognised_by_inode_and_byte() {
+        let line = "lock:\t1: OFDLCK ADVISORY  READ -1 fd:01:1234 100 101";
+        assert!(is_lock(line, 1234, 101));
+        assert!(!is_lock(line, 1234, 102));
+        assert!(!is_lock(line, 234, 101));
+        assert!(!is_lock("flags:\t02", 1234, 101));
+        assert!(is_lock(
+            "lock: 1: POSIX ADVISORY WRITE 7 00:01:9 0 EOF",
+            9,
+            200
+        ));
+    }
+}
