@@ -68,8 +68,8 @@ pub trait Engine {
     fn poll(&self, events: &mut Vec<Event>);
 
     /// As [`poll`](Self::poll), and sleeps until there is something, `timeout` is over (if given) or
-    /// the engine's [`Sleeper`] is woken. Call only between [`Sleeper::falling_asleep`] and
-    /// [`Sleeper::awake`].
+    /// the engine's [`Sleeper`] is woken. Call only after [`Sleeper::falling_asleep`]; the return from
+    /// the sleep is [`Sleeper::awake`].
     fn wait(&self, events: &mut Vec<Event>, timeout: Option<Duration>);
 
     /// Whether operations are under way.
