@@ -496,7 +496,8 @@ impl State {
         } else {
             faults.read_error_permille
         };
-        let (short, no_space) = (faults.short_permille, faults.no_space_permille);
+        let (short, stalled) = (faults.short_permille, faults.stalled_permille);
+        let no_space = faults.no_space_permille;
         let (interrupted, again) = (faults.interrupted_permille, faults.again_permille);
         if self.random.chance(interrupted) {
             running.result = Err(Errno::INTR);
@@ -514,12 +515,11 @@ impl State {
             }
         }
         if self.random.chance(short) {
-            let zero_too = write && self.random.chance(100);
             let less = self.random.below(bytes);
-            bytes = if zero_too { 0 } else { less - less % unit };
-            if bytes == 0 && !zero_too {
-                bytes = unit.min(wanted);
-            }
+            bytes = (less - less % unit).max(unit.min(bytes));
+        }
+        if write && self.random.chance(stalled) {
+            bytes = 0;
         }
         running.result = Ok(bytes);
         let failure = if self.random.chance(error_permille) {

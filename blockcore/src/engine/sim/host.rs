@@ -315,8 +315,12 @@ impl Host {
     }
 
     /// As Linux: what could not be written is marked clean all the same, so that no later sync tries
-    /// again, and each description hears of it once.
+    /// again, and each description hears of it once. Past the page cache nothing is marked: what direct
+    /// writes left with the device is still there.
     pub(super) fn sync_fails(&mut self, description: u64, covered: u64, random: &mut Random) {
+        if self.get(description).direct {
+            return;
+        }
         let file = self.file_mut(description);
         let end = file.log.partition_point(|logged| logged.number <= covered);
         for logged in file.log.drain(..end) {

@@ -57,8 +57,10 @@ pub struct Faults {
     pub sync_error_permille: u32,
     /// Host calls other than [`HostCall::Unlock`](super::HostCall::Unlock) that fail with `EIO`.
     pub call_error_permille: u32,
-    /// Reads and writes that move fewer bytes than asked; of the writes, some move none.
+    /// Reads and writes that move fewer bytes than asked, but some.
     pub short_permille: u32,
+    /// Writes that move nothing and do not say why.
+    pub stalled_permille: u32,
     /// Reads, writes and allocations that end with `EINTR`, nothing done.
     pub interrupted_permille: u32,
     /// Reads and writes that end with `EAGAIN`, nothing done.
@@ -85,6 +87,7 @@ impl Default for Faults {
             sync_error_permille: 0,
             call_error_permille: 0,
             short_permille: 0,
+            stalled_permille: 0,
             interrupted_permille: 0,
             again_permille: 0,
             split_permille: 300,
@@ -220,18 +223,18 @@ impl Simulation {
     /// any more; new ones may be made at once.
     pub fn kill(&self) {
         // What goes is dropped when nothing is borrowed: it may belong to anybody.
-        let actors = self.actors.take();
-        let dropped = self.state.borrow_mut().kill();
-        drop(dropped);
-        drop(actors);
+        let mut actors = self.actors.take();
+        let held = self.state.borrow_mut().kill();
+        drop(held);
+        actors.iter_mut().for_each(Actor::killed);
     }
 
     /// A [`kill`](Self::kill), and the power goes: what was synced stays. Every other change has
     /// happened or not, in whole or in part, by sectors of 512 bytes. What was in flight never lands.
     pub fn power_cut(&self) {
         self.kill();
-        let dropped = self.state.borrow_mut().power_cut();
-        drop(dropped);
+        let lost = self.state.borrow_mut().power_cut();
+        drop(lost);
     }
 }
 

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use super::engine::{Aftermath, EngineState, SimEngine};
 use super::{Simulation, State};
-use crate::engine::Engine;
-use crate::executor::Executor;
+use crate::engine::{Engine, Event};
+use crate::io::IoContext;
 
 /// Somebody who runs when the seed says so.
 pub trait Turn {
@@ -21,6 +21,9 @@ pub trait Turn {
 
     /// What it waits for, for the report when nothing goes on.
     fn pending(&self) -> String;
+
+    /// Its process was killed: it has no more turns, and lets go of what it has.
+    fn killed(&mut self) {}
 }
 
 /// Somebody registered.
@@ -32,6 +35,13 @@ pub(super) struct Actor {
 }
 
 impl Actor {
+    /// See [`Turn::killed`].
+    pub(super) fn killed(&mut self) {
+        if let Some(turn) = &mut self.turn {
+            turn.killed();
+        }
+    }
+
     fn is_runnable(&self) -> bool {
         match &self.engine {
             Some(engine) => engine.is_runnable(),
@@ -61,14 +71,23 @@ impl Simulation {
         self.actors.borrow_mut().push(Actor { turn, engine, idle });
     }
 
-    /// A registered worker that runs tasks.
+    /// A registered worker that runs tasks, each of which waits for its own I/O.
     pub fn worker(&self) -> Rc<Worker> {
+        self.worker_with(|event| panic!("{event:?} is for nobody"))
+    }
+
+    /// A registered worker that runs tasks and gives its events to `handler`.
+    pub fn worker_with(&self, handler: impl FnMut(Event) + 'static) -> Rc<Worker> {
         let engine = self.engine();
         let worker = Rc::new(Worker {
-            executor: Executor::new(engine.sleeper().clone()),
+            context: IoContext::new(Rc::clone(&engine) as Rc<dyn Engine>),
             engine: Rc::clone(&engine),
         });
-        self.add(Some(engine), Box::new(WorkerTurn(Rc::clone(&worker))));
+        let turn = WorkerTurn {
+            worker: Rc::clone(&worker),
+            handler: Box::new(handler),
+        };
+        self.add(Some(engine), Box::new(turn));
         worker
     }
 
@@ -135,7 +154,7 @@ impl Simulation {
     ) -> Result<T, Stuck> {
         let output = Rc::new(RefCell::new(None));
         let place = Rc::clone(&output);
-        worker.executor.spawn(async move {
+        worker.context.spawn(async move {
             let value = future.await;
             place.replace(Some(value));
         });
@@ -216,44 +235,47 @@ impl State {
     }
 }
 
-/// A simulated worker that does nothing but run tasks, each of which waits for its own I/O.
+/// A simulated worker: an engine, and a context on it.
 pub struct Worker {
     engine: Rc<SimEngine>,
-    executor: Executor,
+    context: Rc<IoContext>,
 }
 
 impl Worker {
     /// What its tasks do their I/O with.
-    pub fn engine(&self) -> Rc<dyn Engine> {
-        Rc::clone(&self.engine) as Rc<dyn Engine>
+    pub fn engine(&self) -> &Rc<SimEngine> {
+        &self.engine
     }
 
     /// Where its tasks are spawned.
-    pub fn executor(&self) -> &Executor {
-        &self.executor
+    pub fn context(&self) -> &Rc<IoContext> {
+        &self.context
     }
 }
 
-struct WorkerTurn(Rc<Worker>);
+struct WorkerTurn {
+    worker: Rc<Worker>,
+    handler: Box<dyn FnMut(Event)>,
+}
 
 impl Turn for WorkerTurn {
     fn turn(&mut self) -> bool {
-        let Worker { engine, executor } = &*self.0;
+        let context = &self.worker.context;
         let mut events = Vec::new();
-        engine.poll(&mut events);
-        if executor.run() {
-            return true;
+        let ran = context.turn(&mut events);
+        let progress = ran || !events.is_empty();
+        if !progress {
+            context.sleep(&mut events, None, || true);
         }
-        engine.sleeper().falling_asleep();
-        if !executor.is_idle() {
-            engine.sleeper().awake();
-            return true;
-        }
-        engine.wait(&mut events, None);
-        !events.is_empty()
+        events.into_iter().for_each(&mut self.handler);
+        progress
     }
 
     fn pending(&self) -> String {
-        format!("{} tasks", self.0.executor.tasks())
+        format!("{} tasks", self.worker.context.tasks())
+    }
+
+    fn killed(&mut self) {
+        self.worker.context.abandon();
     }
 }

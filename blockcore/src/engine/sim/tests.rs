@@ -80,7 +80,7 @@ fn read_op(file: &OpenFile, offset: u64, bytes: usize) -> Op {
 }
 
 fn start(worker: &Worker, op: Op) -> OpFuture {
-    OpFuture::start(&*worker.engine(), op)
+    OpFuture::start(&**worker.engine(), op)
 }
 
 fn run_op(simulation: &Simulation, worker: &Worker, op: Op) -> (OpResult, Segments) {
@@ -115,8 +115,8 @@ fn mixed_run(seed: u64) -> u64 {
             1..5 => read_op(&file, offset, bytes),
             _ => write_op(&file, offset, bytes, index as u8),
         };
-        let (engine, ended) = (worker.engine(), Rc::clone(&ended));
-        worker.executor().spawn(async move {
+        let (engine, ended) = (Rc::clone(worker.engine()), Rc::clone(&ended));
+        worker.context().spawn(async move {
             preempt(&*engine).await;
             let _ = OpFuture::start(&*engine, op).await;
             ended.set(ended.get() + 1);
@@ -572,8 +572,8 @@ fn at_a_preemption_point_others_run_first_as_often_as_was_asked() {
         });
         let order = Rc::<RefCell<Vec<u32>>>::default();
         for index in 0..2 {
-            let (engine, order) = (worker.engine(), Rc::clone(&order));
-            worker.executor().spawn(async move {
+            let (engine, order) = (Rc::clone(worker.engine()), Rc::clone(&order));
+            worker.context().spawn(async move {
                 for _ in 0..3 {
                     preempt(&*engine).await;
                     order.borrow_mut().push(index);
