@@ -1,1 +1,2 @@
 //! What every test needs: a daemon to talk to, front-ends to talk with.
+pub mod model;

@@ -439,7 +439,7 @@ impl State {
             self.schedule(at, due);
         }
         // A completion is seen a moment after the last part, or after the failure.
-        let at = end + self.latency() / 8;
+        let at = end + self.latency() / 8 + Duration::from_nanos(1);
         self.schedule(at, Due::Done { operation });
         self.running.insert(operation, running);
     }
