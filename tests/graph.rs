@@ -238,7 +238,12 @@ impl Case {
         let bytes = self.raw_offset + self.bytes + self.tail;
         let device = self.properties.file_type == FileType::BlockDevice;
         match self.direct || device {
-            true => bytes.next_multiple_of(u64::from(self.properties.direct_alignment)),
+            // The larger one is what the file driver goes by.
+            true => {
+                let properties = &self.properties;
+                let unit = properties.direct_alignment.max(properties.memory_alignment);
+                bytes.next_multiple_of(u64::from(unit))
+            }
             false => bytes,
         }
     }
@@ -629,7 +634,8 @@ impl Server {
         if let Err(wrong) = checked {
             test.fail(wrong.to_string());
         }
-        let may_fail = test.case.faults.read_error_permille > 0;
+        let faults = &test.case.faults;
+        let may_fail = faults.read_error_permille > 0 || faults.call_error_permille > 0;
         self.check_result("read", result, &[(IoError::Failed, may_fail)]);
     }
 

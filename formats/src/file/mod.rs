@@ -196,7 +196,12 @@ async fn open_file(
 
 async fn metadata(context: &IoContext, file: &Arc<OpenFile>) -> Result<Metadata, Error> {
     match context.host(HostCall::Metadata(Arc::clone(file))).await {
-        Ok(HostReply::Metadata(metadata)) => Ok(*metadata),
+        Ok(HostReply::Metadata(mut metadata)) => {
+            // Part of an aligned transfer, as after a short one, must have aligned memory too.
+            let unit = metadata.direct_alignment.max(metadata.memory_alignment);
+            metadata.direct_alignment = unit;
+            Ok(*metadata)
+        }
         Ok(reply) => unreachable!("a stat answered with {reply:?}"),
         Err(error) => Err(Error::host(
             format!("cannot examine '{}'", file.path().display()),
@@ -263,6 +268,16 @@ impl FileIo {
         match self.direct {
             true => align::down(bytes, self.request_alignment),
             false => bytes,
+        }
+    }
+
+    /// Whether the file has nothing from `offset` on, as the host sees it now.
+    async fn ends_by(&self, io: Io<'_>, offset: u64) -> Result<bool, IoError> {
+        let call = HostCall::Metadata(Arc::clone(self.file()));
+        match io.context().host(call).await {
+            Ok(HostReply::Metadata(metadata)) => Ok(offset >= metadata.bytes),
+            Ok(reply) => unreachable!("a stat answered with {reply:?}"),
+            Err(error) => Err(error.into()),
         }
     }
 
@@ -374,12 +389,17 @@ impl DriverIo for FileIo {
                     Ok(moved) => {
                         let progress = self.progress(moved);
                         done += progress;
-                        if moved == 0 || (progress == 0 && moved < bytes - done) {
+                        if progress > 0 {
+                            continue;
+                        }
+                        if moved == 0 || self.ends_by(io, offset + done + moved).await? {
                             // Somebody cut the file short under us: what is not there is zero.
                             let rest = into.slice(done + moved, bytes - done - moved);
                             rest.fill(0);
                             return Ok(());
                         }
+                        // Less than direct I/O could go on from: once more from the same place.
+                        patience.again(io, Errno::AGAIN).await?;
                     }
                     Err(error) => patience.again(io, error).await?,
                 }
@@ -402,9 +422,13 @@ impl DriverIo for FileIo {
                 match io.context().op(op).await.0 {
                     Ok(moved) => {
                         let progress = self.progress(moved);
-                        if progress == 0 {
+                        if moved == 0 {
                             // The host takes no more and does not say why: a full disk, as a rule.
                             return Err(IoError::NoSpace);
+                        }
+                        if progress == 0 {
+                            // Less than direct I/O could go on from: once more from the same place.
+                            patience.again(io, Errno::AGAIN).await?;
                         }
                         done += progress;
                     }
