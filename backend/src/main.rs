@@ -1,2 +1,106 @@
-//! The `stonework` command.
-fn main() {}
+//! The `stonework` command: parse, build, run, exit status.
+
+use std::process::ExitCode;
+use std::rc::Rc;
+
+use backend::cli::{Cli, Command, DaemonArgs, ServeArgs, parse_options};
+use backend::config::ExportConfig;
+use backend::daemon::Daemon;
+use backend::serve::{self, Probe};
+use backend::signals::Signals;
+use blockcore::Error;
+use clap::{ArgMatches, CommandFactory, FromArgMatches};
+use tracing_subscriber::EnvFilter;
+
+fn main() -> ExitCode {
+    // State in memory is suspect after a panic, and a restart is transparent.
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        report(panic);
+        std::process::abort();
+    }));
+    let matches = Cli::command().get_matches();
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    log();
+    let result = match &cli.command {
+        Command::Serve(args) => run_serve(args),
+        Command::Daemon(args) => {
+            let (_, given) = matches.subcommand().expect("a command was parsed");
+            run_daemon(args, given)
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("stonework: {}", error.report());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Logs to standard error; `STONEWORK_LOG` chooses what, as in `warn` or `backend::worker=debug`.
+fn log() {
+    let filter =
+        EnvFilter::try_from_env("STONEWORK_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .with_target(false)
+        .init();
+}
+
+fn run_serve(args: &ServeArgs) -> Result<(), Error> {
+    let signals = Signals::register()?;
+    let probe = Probe {
+        bytes: formats::probe::BYTES,
+        seems: formats::probe::seems,
+    };
+    let daemon = serve::build(args, formats::drivers(), &probe)?;
+    // A reader that went away does not concern the guest.
+    let _ = serve::announce(args, &daemon, std::io::stdout().lock());
+    daemon.run(Some(&signals))
+}
+
+fn run_daemon(args: &DaemonArgs, given: &ArgMatches) -> Result<(), Error> {
+    args.check()?;
+    let signals = Signals::register()?;
+    let daemon = Daemon::new(args.process.config(), formats::drivers())?;
+    match build_daemon(&daemon, args, given) {
+        Ok(()) => daemon.run(Some(&signals)),
+        Err(error) => {
+            // What was started before the mistake is stopped in order.
+            if let Err(second) = daemon.stop() {
+                tracing::warn!(error = %second.report(), "while stopping");
+            }
+            Err(error)
+        }
+    }
+}
+
+/// Does what the options say, in the order in which they stand.
+fn build_daemon(daemon: &Rc<Daemon>, args: &DaemonArgs, given: &ArgMatches) -> Result<(), Error> {
+    let place = |name: &str| {
+        given
+            .indices_of(name)
+            .into_iter()
+            .flatten()
+            .collect::<Vec<_>>()
+    };
+    let blockdevs = place("blockdev").into_iter().zip(&args.blockdev);
+    let exports = place("export").into_iter().zip(&args.export);
+    let mut all: Vec<_> = blockdevs
+        .map(|(place, text)| (place, true, text))
+        .chain(exports.map(|(place, text)| (place, false, text)))
+        .collect();
+    all.sort_by_key(|(place, ..)| *place);
+    for (_, is_node, text) in all {
+        if is_node {
+            daemon.add_node(parse_options(text, "driver")?)?;
+        } else {
+            let config = ExportConfig::from_options(&parse_options(text, "type")?)?;
+            daemon.add_export(config)?;
+        }
+    }
+    Ok(())
+}

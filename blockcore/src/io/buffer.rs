@@ -162,6 +162,45 @@ impl Segments {
         slice
     }
 
+    /// Removes the first `bytes` bytes.
+    ///
+    /// # Panics
+    ///
+    /// If there are fewer.
+    pub fn skip(&mut self, bytes: u64) {
+        assert!(bytes <= self.bytes);
+        self.bytes -= bytes;
+        let mut left = bytes as usize;
+        let mut whole = 0;
+        for segment in &mut self.list {
+            if left < segment.bytes {
+                // SAFETY: left < segment.bytes, so the result is inside the same segment.
+                segment.base = unsafe { segment.base.add(left) };
+                segment.bytes -= left;
+                break;
+            }
+            left -= segment.bytes;
+            whole += 1;
+        }
+        self.list.drain(..whole);
+    }
+
+    /// Removes the last byte and gives it out on its own; `None` if there is none.
+    pub fn take_last_byte(&mut self) -> Option<Byte> {
+        let last = self.list.last_mut()?;
+        last.bytes -= 1;
+        self.bytes -= 1;
+        // SAFETY: the index of the segment's last byte.
+        let place = unsafe { last.base.add(last.bytes) };
+        if last.bytes == 0 {
+            self.list.pop();
+        }
+        Some(Byte {
+            place,
+            _owner: self.owner.clone(),
+        })
+    }
+
     /// Copies from the beginning of the list to `to`; returns how many bytes there were.
     pub fn copy_to(&self, to: &mut [u8]) -> usize {
         let mut done = 0;
@@ -245,6 +284,20 @@ impl Segments {
         let mut bytes = vec![0; self.bytes as usize];
         self.copy_to(&mut bytes);
         bytes
+    }
+}
+
+/// One byte of a list, which it keeps mapped.
+pub struct Byte {
+    place: NonNull<u8>,
+    _owner: Option<Rc<dyn Any>>,
+}
+
+impl Byte {
+    /// Sets the byte.
+    pub fn set(&self, value: u8) {
+        // SAFETY: a byte of a segment, kept mapped by the owner (see `Segments::push_raw`).
+        unsafe { self.place.as_ptr().write_volatile(value) };
     }
 }
 
@@ -334,6 +387,20 @@ mod tests {
         joined.copy_from(b"together");
         assert_eq!((joined.bytes(), joined.list().len()), (8, 2));
         assert_eq!(joined.to_vec(), b"together");
+    }
+
+    #[test]
+    fn a_list_gives_up_bytes_at_both_ends() {
+        let mut pieces = three_pieces();
+        pieces.skip(7);
+        assert_eq!(pieces.list().len(), 2);
+        pieces.skip(2);
+        let last = pieces.take_last_byte().unwrap();
+        assert_eq!(pieces.to_vec(), (41..48).collect::<Vec<u8>>());
+        last.set(99);
+        pieces.skip(7);
+        assert!(pieces.take_last_byte().is_none());
+        assert!(pieces.is_empty() && pieces.list().is_empty());
     }
 
     #[test]

@@ -1,0 +1,284 @@
+//! The command line, as typed.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use blockcore::Error;
+use blockcore::engine::EngineChoice;
+use blockcore::options::{Options, parse_size};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::config::{DEFAULT_POLL, MAX_QUEUES, ProcessConfig, parse_cpus};
+
+/// Serves virtual disks to virtual machines over vhost-user-blk.
+#[derive(Debug, Parser)]
+#[command(name = "stonework", version, max_term_width = 100)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve one disk at a socket, with sane defaults
+    Serve(ServeArgs),
+    /// Serve disks described by options, as qemu-storage-daemon does
+    Daemon(DaemonArgs),
+}
+
+/// How the process does its work.
+#[derive(Args, Debug)]
+pub struct ProcessArgs {
+    /// Worker threads [default: as many as the largest export has queues, at most one per core]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub workers: Option<u16>,
+    /// Cores to pin workers to, in turn: 0-3,6
+    #[arg(long, value_name = "LIST", value_parser = Cpus::parse)]
+    pub cpus: Option<Cpus>,
+    /// Microseconds that a worker looks for work by itself before it sleeps, at most; 0 for never
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_POLL.as_micros() as u32)]
+    pub poll_max_us: u32,
+    /// How I/O is done: io_uring where the host allows it (auto), or a thread pool
+    #[arg(long, value_enum, default_value_t = EngineArg::Auto)]
+    pub engine: EngineArg,
+}
+
+/// A list of cores.
+#[derive(Clone, Debug)]
+pub struct Cpus(Vec<usize>);
+
+impl Cpus {
+    fn parse(text: &str) -> Result<Self, String> {
+        parse_cpus(text).map(Self)
+    }
+}
+
+/// `--engine`.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum EngineArg {
+    /// io_uring where the host allows it, else threads
+    Auto,
+    /// io_uring, or an error
+    #[value(name = "io_uring")]
+    Uring,
+    /// A thread pool
+    Threads,
+}
+
+impl ProcessArgs {
+    /// As configuration.
+    pub fn config(&self) -> ProcessConfig {
+        ProcessConfig {
+            workers: self.workers.map(usize::from),
+            cpus: self.cpus.clone().map_or_else(Vec::new, |cpus| cpus.0),
+            poll_max: Duration::from_micros(u64::from(self.poll_max_us)),
+            engine: match self.engine {
+                EngineArg::Auto => EngineChoice::Auto,
+                EngineArg::Uring => EngineChoice::Uring,
+                EngineArg::Threads => EngineChoice::Threads,
+            },
+        }
+    }
+}
+
+/// `stonework serve`.
+#[derive(Args, Debug)]
+pub struct ServeArgs {
+    /// File or block device to serve
+    pub disk: PathBuf,
+    /// Where front-ends connect
+    #[arg(long, value_name = "PATH")]
+    pub socket: PathBuf,
+    /// Format of the disk; without it, a file that looks like a known format is refused
+    #[arg(long)]
+    pub format: Option<String>,
+    /// Refuse the guest's writes
+    #[arg(long, conflicts_with = "create")]
+    pub read_only: bool,
+    /// How writes are kept
+    #[arg(long, value_enum, default_value_t = CacheMode::Writeback)]
+    pub cache: CacheMode,
+    /// Virtqueues; QEMU refuses fewer than the guest has CPUs, unused ones cost nothing
+    #[arg(long, value_name = "N", default_value_t = 16,
+          value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)))]
+    pub queues: u16,
+    /// Serial number that the guest sees, at most 20 bytes
+    #[arg(long, default_value = "", hide_default_value = true)]
+    pub serial: String,
+    /// Smallest unit of a request in bytes, a power of two from 512 to 65536 [default: the device's]
+    #[arg(long, value_name = "BYTES", value_parser = parse_block)]
+    pub block_size: Option<u32>,
+    /// Make the file first, with so many bytes; suffixes k, M, G, T are powers of 1024
+    #[arg(long, value_name = "SIZE", value_parser = parse_create_size)]
+    pub create: Option<u64>,
+    #[expect(missing_docs, reason = "documented at its type")]
+    #[command(flatten)]
+    pub process: ProcessArgs,
+}
+
+fn parse_block(text: &str) -> Result<u32, String> {
+    let block = parse_size(text).and_then(|bytes| u32::try_from(bytes).ok());
+    let possible = |block: &u32| block.is_power_of_two() && (512..=65536).contains(block);
+    block
+        .filter(possible)
+        .ok_or_else(|| "a block size is a power of two from 512 to 65536".into())
+}
+
+fn parse_create_size(text: &str) -> Result<u64, String> {
+    let bytes = parse_size(text).ok_or("a size is a number of bytes, such as 10G")?;
+    if bytes == 0 || !bytes.is_multiple_of(512) || i64::try_from(bytes).is_err() {
+        return Err("a disk's size is a multiple of 512 bytes, above zero and below 8E".into());
+    }
+    Ok(bytes)
+}
+
+/// QEMU's names for how writes are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum CacheMode {
+    /// In the host's page cache; stable when the guest flushes
+    Writeback,
+    /// In the host's page cache; each write is stable when it completes
+    Writethrough,
+    /// Past the page cache; stable when the guest flushes
+    None,
+    /// Past the page cache; each write is stable when it completes
+    Directsync,
+    /// In the page cache; flushes are ignored, so the host's crash loses data
+    Unsafe,
+}
+
+impl CacheMode {
+    /// The word for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Writeback => "writeback",
+            Self::Writethrough => "writethrough",
+            Self::None => "none",
+            Self::Directsync => "directsync",
+            Self::Unsafe => "unsafe",
+        }
+    }
+
+    /// `cache.direct`.
+    pub fn direct(self) -> bool {
+        matches!(self, Self::None | Self::Directsync)
+    }
+
+    /// `cache.no-flush`.
+    pub fn no_flush(self) -> bool {
+        self == Self::Unsafe
+    }
+
+    /// Whether each write is stable when it completes.
+    pub fn writethrough(self) -> bool {
+        matches!(self, Self::Writethrough | Self::Directsync)
+    }
+}
+
+/// `stonework daemon`.
+#[derive(Args, Debug)]
+pub struct DaemonArgs {
+    /// Open a node: [driver=]DRIVER,node-name=NAME,key=value,...; ',,' is a comma
+    #[arg(long, value_name = "OPTIONS")]
+    pub blockdev: Vec<String>,
+    /// Offer a node: [type=]vhost-user-blk,id=ID,node-name=NAME,addr.type=unix,addr.path=PATH,...
+    #[arg(long, value_name = "OPTIONS")]
+    pub export: Vec<String>,
+    #[expect(missing_docs, reason = "documented at its type")]
+    #[command(flatten)]
+    pub process: ProcessArgs,
+    /// Not in this version
+    #[arg(long, hide = true)]
+    pub chardev: Vec<String>,
+    /// Not in this version
+    #[arg(long, hide = true)]
+    pub monitor: Vec<String>,
+    /// Not in this version
+    #[arg(long, hide = true)]
+    pub object: Vec<String>,
+    /// Not in this version
+    #[arg(long, hide = true)]
+    pub nbd_server: Vec<String>,
+}
+
+impl DaemonArgs {
+    /// Refuses what later versions will have.
+    ///
+    /// # Errors
+    ///
+    /// [`blockcore::ErrorKind::Unsupported`], naming the option.
+    pub fn check(&self) -> Result<(), Error> {
+        let later = [
+            ("--chardev", &self.chardev),
+            ("--monitor", &self.monitor),
+            ("--object", &self.object),
+            ("--nbd-server", &self.nbd_server),
+        ];
+        match later.iter().find(|(_, given)| !given.is_empty()) {
+            Some((name, _)) => Err(Error::unsupported(format!(
+                "option {name} of qemu-storage-daemon is not in this version of stonework"
+            ))),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Reads the value of `--blockdev` or `--export`.
+///
+/// # Errors
+///
+/// What is wrong with its form; JSON is refused by name.
+pub fn parse_options(text: &str, implied: &str) -> Result<Options, Error> {
+    if text.starts_with('{') {
+        return Err(Error::unsupported(format!(
+            "options in JSON are not in this version of stonework: write '{text}' as key=value"
+        )));
+    }
+    Options::parse(text, Some(implied))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn serve_has_the_defaults_that_its_help_says() {
+        let cli = Cli::try_parse_from(["stonework", "serve", "d.raw", "--socket", "s"]).unwrap();
+        let Command::Serve(args) = cli.command else {
+            panic!()
+        };
+        assert_eq!(
+            (args.queues, args.cache, args.read_only),
+            (16, CacheMode::Writeback, false)
+        );
+        assert_eq!(args.process.config().poll_max, DEFAULT_POLL);
+    }
+
+    #[test]
+    fn sizes_and_blocks_out_of_range_are_usage_errors() {
+        for bad in [
+            ["--create", "1000"],
+            ["--create", "0"],
+            ["--block-size", "513"],
+            ["--block-size", "131072"],
+            ["--queues", "0"],
+            ["--queues", "257"],
+            ["--workers", "0"],
+            ["--cpus", "x"],
+            ["--cache", "fast"],
+            ["--engine", "epoll"],
+        ] {
+            let base = ["stonework", "serve", "d.raw", "--socket", "s"];
+            let error = Cli::try_parse_from(base.iter().chain(&bad)).unwrap_err();
+            assert_eq!(error.exit_code(), 2, "{bad:?}");
+        }
+    }
+}

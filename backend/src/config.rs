@@ -1,0 +1,263 @@
+//! What the daemon is to do, checked: command-line flags and control commands become these types.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use blockcore::Error;
+use blockcore::engine::EngineChoice;
+use blockcore::options::{OptionKind, OptionSpec, Options};
+
+/// Everything that holds for the whole process.
+#[derive(Clone, Debug)]
+pub struct ProcessConfig {
+    /// Worker threads; `None` for as many as the exports have queues, at most one per core.
+    pub workers: Option<usize>,
+    /// Cores that workers are pinned to, in turn; empty for none.
+    pub cpus: Vec<usize>,
+    /// How long workers look for work by themselves before they sleep, at most.
+    pub poll_max: Duration,
+    /// How I/O is done.
+    pub engine: EngineChoice,
+}
+
+impl Default for ProcessConfig {
+    fn default() -> Self {
+        Self {
+            workers: None,
+            cpus: Vec::new(),
+            poll_max: DEFAULT_POLL,
+            engine: EngineChoice::Auto,
+        }
+    }
+}
+
+/// The default for [`ProcessConfig::poll_max`]: what QEMU's iothreads poll.
+pub const DEFAULT_POLL: Duration = Duration::from_micros(32);
+
+/// Most virtqueues that an export may have.
+pub const MAX_QUEUES: u16 = 256;
+/// Longest serial number that a guest can be told.
+pub const MAX_SERIAL_BYTES: usize = 20;
+
+/// An export of a node over vhost-user-blk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExportConfig {
+    /// Its name in this process.
+    pub id: String,
+    /// What it offers.
+    pub node: String,
+    /// Where front-ends connect.
+    pub socket: PathBuf,
+    /// Whether guests may write.
+    pub writable: bool,
+    /// Whether each write is stable before it completes, until the guest says otherwise.
+    pub writethrough: bool,
+    /// Virtqueues.
+    pub queues: u16,
+    /// Smallest unit of a request in bytes; `None` for what suits the node.
+    pub block_bytes: Option<u32>,
+    /// What the guest is told as serial number.
+    pub serial: String,
+}
+
+/// The options of `--export`.
+pub const EXPORT_OPTIONS: &[OptionSpec] = &[
+    option(
+        "type",
+        OptionKind::Choice(&["vhost-user-blk"]),
+        None,
+        "kind of export",
+    ),
+    option("id", OptionKind::Text, None, "name of the export"),
+    option("node-name", OptionKind::Text, None, "node to offer"),
+    option(
+        "writable",
+        OptionKind::Bool,
+        Some("off"),
+        "whether guests may write",
+    ),
+    option(
+        "writethrough",
+        OptionKind::Bool,
+        Some("off"),
+        "whether writes are stable before they complete",
+    ),
+    option(
+        "addr.type",
+        OptionKind::Choice(&["unix"]),
+        None,
+        "kind of socket",
+    ),
+    option("addr.path", OptionKind::Text, None, "path of the socket"),
+    option(
+        "num-queues",
+        OptionKind::Text,
+        Some("1"),
+        "virtqueues, 1 to 256",
+    ),
+    option(
+        "logical-block-size",
+        OptionKind::Size,
+        Some("512"),
+        "smallest unit of a request in bytes, a power of two from 512 to 65536",
+    ),
+    option(
+        "serial",
+        OptionKind::Text,
+        Some(""),
+        "serial number, at most 20 bytes",
+    ),
+];
+
+const fn option(
+    name: &'static str,
+    kind: OptionKind,
+    default: Option<&'static str>,
+    help: &'static str,
+) -> OptionSpec {
+    OptionSpec {
+        name,
+        kind,
+        default,
+        reopen: false,
+        changes_data: false,
+        help,
+    }
+}
+
+impl ExportConfig {
+    /// Reads the options of `--export`.
+    ///
+    /// # Errors
+    ///
+    /// The first option that is missing, unknown or out of range.
+    pub fn from_options(options: &Options) -> Result<Self, Error> {
+        options.check(&[EXPORT_OPTIONS], "an export")?;
+        let text = |name| options.text(EXPORT_OPTIONS, name).to_owned();
+        let queues = text("num-queues");
+        let queues = queues.parse().map_err(|_| {
+            Error::invalid(format!(
+                "option 'num-queues' of an export takes a number, not '{queues}'"
+            ))
+        })?;
+        let block = options.size(EXPORT_OPTIONS, "logical-block-size");
+        let config = Self {
+            id: text("id"),
+            node: text("node-name"),
+            socket: text("addr.path").into(),
+            writable: options.bool(EXPORT_OPTIONS, "writable"),
+            writethrough: options.bool(EXPORT_OPTIONS, "writethrough"),
+            queues,
+            block_bytes: options
+                .get("logical-block-size")
+                .map(|_| u32::try_from(block).unwrap_or(u32::MAX)),
+            serial: text("serial"),
+        };
+        config.check()?;
+        Ok(config)
+    }
+
+    /// Checks what does not depend on the node.
+    ///
+    /// # Errors
+    ///
+    /// The first value that is out of range.
+    pub fn check(&self) -> Result<(), Error> {
+        let refuse = |what: String| Err(Error::invalid(format!("export '{}': {what}", self.id)));
+        if self.id.is_empty() {
+            return Err(Error::invalid("an export needs a name: option 'id'"));
+        }
+        if !(1..=MAX_QUEUES).contains(&self.queues) {
+            return refuse(format!(
+                "it cannot have {} queues; 1 to {MAX_QUEUES} are possible",
+                self.queues
+            ));
+        }
+        if let Some(block) = self.block_bytes {
+            check_block(block).or_else(refuse)?;
+        }
+        if self.serial.len() > MAX_SERIAL_BYTES {
+            return refuse(format!(
+                "serial '{}' has {} bytes, more than the {MAX_SERIAL_BYTES} that a guest is told",
+                self.serial,
+                self.serial.len()
+            ));
+        }
+        Ok(())
+    }
+}
+
+fn check_block(block: u32) -> Result<(), String> {
+    if block.is_power_of_two() && (512..=65536).contains(&block) {
+        return Ok(());
+    }
+    Err(format!(
+        "block size {block}: it must be a power of two from 512 to 65536"
+    ))
+}
+
+/// A list of cores: `0-3,6`.
+///
+/// # Errors
+///
+/// What part of it is no core or range of cores.
+pub fn parse_cpus(text: &str) -> Result<Vec<usize>, String> {
+    /// As many as `cpu_set_t` has.
+    const MAX_CPU: usize = 1023;
+    let mut cpus = Vec::new();
+    for part in text.split(',') {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let number = |text: &str| {
+            text.trim()
+                .parse::<usize>()
+                .ok()
+                .filter(|cpu| *cpu <= MAX_CPU)
+        };
+        match (number(first), number(last)) {
+            (Some(first), Some(last)) if first <= last => cpus.extend(first..=last),
+            _ => return Err(format!("'{part}' is not a core or a range of cores")),
+        }
+    }
+    Ok(cpus)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn export(text: &str) -> Result<ExportConfig, Error> {
+        let options = Options::parse(text, Some("type"))?;
+        ExportConfig::from_options(&options)
+    }
+
+    #[test]
+    fn an_export_is_read_as_qemu_writes_it() {
+        let text = "type=vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path=/run/a.sock,\
+                    writable=on,num-queues=4";
+        let config = export(text).unwrap();
+        assert_eq!(
+            (config.queues, config.writable, config.writethrough),
+            (4, true, false)
+        );
+        assert_eq!(config.socket, PathBuf::from("/run/a.sock"));
+    }
+
+    #[test]
+    fn impossible_exports_say_what_is_wrong() {
+        let base = "vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path=s";
+        let message = |more: &str| export(&format!("{base}{more}")).unwrap_err().to_string();
+        assert!(message(",num-queues=0").contains("1 to 256"));
+        assert!(message(",num-queues=x").contains("takes a number"));
+        assert!(message(",logical-block-size=513").contains("power of two"));
+        assert!(message(",serial=123456789012345678901").contains("more than the 20"));
+        assert!(message(",colour=red").contains("no option 'colour'"));
+    }
+
+    #[test]
+    fn cores_are_listed_singly_or_by_range() {
+        assert_eq!(parse_cpus("0-2,5"), Ok(vec![0, 1, 2, 5]));
+        for text in ["", "a", "3-1", "0-99999999", "1,,2"] {
+            assert!(parse_cpus(text).is_err(), "{text}");
+        }
+    }
+}

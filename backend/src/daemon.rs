@@ -1,0 +1,437 @@
+//! The daemon: owns graph, exports and workers, and stops them in order.
+//!
+//! Threads: a [`Daemon`] lives on the control thread, whose loop is [`Daemon::run`]. Connection
+//! threads reach it through a [`ControlHandle`] and wait for its answer; it asks workers by message
+//! and goes on with other things until they answer. So it always answers, and nobody waits upwards.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use blockcore::driver::DriverType;
+use blockcore::engine::{self, Event, WatchId};
+use blockcore::graph::{Control, Graph};
+use blockcore::io::{IoContext, Root};
+use blockcore::mailbox::Mailbox;
+use blockcore::options::Options;
+use blockcore::{Error, ErrorKind};
+
+use crate::config::{ExportConfig, ProcessConfig};
+use crate::export::{Export, WorkerMailbox};
+use crate::signals::Signals;
+use crate::vhost_user::listener::{Server, Socket};
+use crate::vhost_user::session::BackendChannel;
+use crate::worker::{Command, DeviceId, Polling, Worker};
+
+/// How often the end of a connection thread is looked for while stopping.
+const STOP_LOOK: Duration = Duration::from_millis(2);
+
+/// Something for the control thread to do.
+type Call = Box<dyn FnOnce(&Rc<Daemon>) + Send>;
+
+/// The way to the control thread from any other.
+#[derive(Clone)]
+pub struct ControlHandle {
+    calls: Arc<Mailbox<Call>>,
+}
+
+impl ControlHandle {
+    /// Runs `work` on the control thread and waits for its result; `None` if the daemon is gone.
+    /// Never call this on the control thread or a worker: they would wait for themselves.
+    pub fn call<T, F, W>(&self, work: F) -> Option<T>
+    where
+        T: Send + 'static,
+        F: FnOnce(Rc<Daemon>) -> W + Send + 'static,
+        W: Future<Output = T> + 'static,
+    {
+        let (reply, answer) = mpsc::sync_channel(1);
+        self.calls.post(Box::new(move |daemon| {
+            let result = work(Rc::clone(daemon));
+            daemon.control.context().spawn(async move {
+                // Nobody waits any more if the caller's thread is gone.
+                let _ = reply.send(result.await);
+            });
+        }));
+        answer.recv().ok()
+    }
+
+    /// Looks at an export; `None` if there is no such export.
+    pub fn export<T: Send + 'static>(
+        &self,
+        id: &str,
+        look: impl FnOnce(&Export) -> T + Send + 'static,
+    ) -> Option<T> {
+        self.queue(id, move |export| async move { look(&export) })
+    }
+
+    /// Changes an export's queues; `None` if there is no such export.
+    pub fn queue<T, F, W>(&self, id: &str, change: F) -> Option<T>
+    where
+        T: Send + 'static,
+        F: FnOnce(Rc<Export>) -> W + Send + 'static,
+        W: Future<Output = T> + 'static,
+    {
+        let id = id.to_owned();
+        self.call(move |daemon| async move {
+            let export = daemon.export(&id)?;
+            Some(change(export).await)
+        })
+        .flatten()
+    }
+
+    /// Sets the way to tell an export's front-end of changes.
+    pub(crate) fn set_backend_channel(&self, id: &str, channel: Option<BackendChannel>) {
+        let id = id.to_owned();
+        self.call(move |daemon| async move {
+            if let Some(entry) = daemon.exports.borrow_mut().get_mut(&id) {
+                entry.channel = channel;
+            }
+        });
+    }
+
+    /// Tells an export's front-end that the configuration has changed.
+    pub fn config_changed(&self, id: &str) {
+        let id = id.to_owned();
+        self.call(move |daemon| async move {
+            let exports = daemon.exports.borrow();
+            if let Some(channel) = exports.get(&id).and_then(|entry| entry.channel.as_ref()) {
+                channel.config_changed();
+            }
+        });
+    }
+
+    /// Asks the daemon to stop, without waiting for it.
+    pub fn quit(&self) {
+        self.calls
+            .post(Box::new(|daemon| daemon.quitting.set(true)));
+    }
+}
+
+struct ExportEntry {
+    export: Rc<Export>,
+    server: Server,
+    channel: Option<BackendChannel>,
+}
+
+struct WorkerThread {
+    mailbox: WorkerMailbox,
+    thread: JoinHandle<()>,
+}
+
+/// See the module's header.
+pub struct Daemon {
+    process: ProcessConfig,
+    control: Control,
+    calls: Arc<Mailbox<Call>>,
+    workers: RefCell<Vec<WorkerThread>>,
+    exports: RefCell<BTreeMap<String, ExportEntry>>,
+    /// Nodes that were opened by name, in order.
+    opened: RefCell<Vec<String>>,
+    next_device: Cell<u32>,
+    next_worker: Cell<usize>,
+    quitting: Cell<bool>,
+}
+
+impl Daemon {
+    /// A daemon without nodes, whose control thread is the caller's.
+    ///
+    /// # Errors
+    ///
+    /// The host's refusal of what the engine needs.
+    pub fn new(
+        process: ProcessConfig,
+        drivers: Vec<&'static DriverType>,
+    ) -> Result<Rc<Self>, Error> {
+        let context = IoContext::new(engine::make(process.engine)?);
+        let calls = Mailbox::new(Arc::clone(context.engine().sleeper()));
+        Ok(Rc::new(Self {
+            process,
+            control: Control::new(Graph::new(drivers), context),
+            calls,
+            workers: RefCell::default(),
+            exports: RefCell::default(),
+            opened: RefCell::default(),
+            next_device: Cell::new(0),
+            next_worker: Cell::new(0),
+            quitting: Cell::new(false),
+        }))
+    }
+
+    /// The way to this daemon for other threads.
+    pub fn handle(&self) -> ControlHandle {
+        ControlHandle {
+            calls: Arc::clone(&self.calls),
+        }
+    }
+
+    /// The graph's control.
+    pub fn control(&self) -> &Control {
+        &self.control
+    }
+
+    /// The export called `id`.
+    pub fn export(&self, id: &str) -> Option<Rc<Export>> {
+        let exports = self.exports.borrow();
+        exports.get(id).map(|entry| Rc::clone(&entry.export))
+    }
+
+    /// How many workers there are.
+    pub fn workers(&self) -> usize {
+        self.workers.borrow().len()
+    }
+
+    /// The name of the engine that is used.
+    pub fn engine_name(&self) -> &'static str {
+        self.control.context().engine().name()
+    }
+
+    /// Runs something on the control thread before [`run`](Self::run) does.
+    pub fn block_on<T: 'static>(&self, work: impl Future<Output = T> + 'static) -> T {
+        self.control.context().block_on(work)
+    }
+
+    /// Opens a node, as `--blockdev` describes it.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with the description or could not be opened; nothing is left open.
+    pub fn add_node(self: &Rc<Self>, options: Options) -> Result<(), Error> {
+        let daemon = Rc::clone(self);
+        self.block_on(async move {
+            let control = &daemon.control;
+            let prepared = control.open(options, None).await?;
+            let name = prepared.name().to_owned();
+            match control.change(|graph| graph.insert(prepared)) {
+                Ok(()) => {
+                    daemon.opened.borrow_mut().push(name);
+                    Ok(())
+                }
+                Err((error, prepared)) => {
+                    prepared.abort(control.context()).await?;
+                    Err(error)
+                }
+            }
+        })
+    }
+
+    /// Starts workers for exports with up to so many queues, unless there are workers.
+    ///
+    /// # Errors
+    ///
+    /// The host's refusal of a thread or an engine.
+    pub fn start_workers(&self, queues: u16) -> Result<(), Error> {
+        let mut workers = self.workers.borrow_mut();
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let default = usize::from(queues).min(cores);
+        let wanted = self.process.workers.unwrap_or(default).max(1);
+        while workers.len() < wanted {
+            let number = workers.len();
+            workers.push(start_worker(number, &self.process)?);
+        }
+        Ok(())
+    }
+
+    /// Offers a node to front-ends.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with the export, its node or its socket; nothing is left of it.
+    pub fn add_export(&self, config: ExportConfig) -> Result<(), Error> {
+        let id = config.id.clone();
+        if self.exports.borrow().contains_key(&id) {
+            return Err(Error::new(
+                ErrorKind::Exists,
+                format!("there is an export '{id}' already"),
+            ));
+        }
+        self.start_workers(config.queues)?;
+        let queues = usize::from(config.queues);
+        let device = DeviceId(self.next_device.replace(self.next_device.get() + 1));
+        let first = self.next_worker.replace(self.next_worker.get() + queues);
+        let workers = self.workers.borrow();
+        let workers = workers.iter().map(|worker| Arc::clone(&worker.mailbox));
+        let path = config.socket.clone();
+        let export = Export::new(config, device, &self.control, workers.collect(), first)?;
+        let server =
+            Socket::bind(&path).and_then(|socket| Server::start(socket, &id, self.handle()));
+        let server = match server {
+            Ok(server) => server,
+            Err(error) => {
+                export.close();
+                return Err(error);
+            }
+        };
+        self.exports.borrow_mut().insert(
+            id,
+            ExportEntry {
+                export,
+                server,
+                channel: None,
+            },
+        );
+        Ok(())
+    }
+
+    /// Serves until a signal or [`ControlHandle::quit`], then stops in order: connections, workers,
+    /// a flush of every node, nodes.
+    ///
+    /// # Errors
+    ///
+    /// What could not be made durable or closed.
+    pub fn run(self: &Rc<Self>, signals: Option<&Signals>) -> Result<(), Error> {
+        let engine = self.control.context().engine();
+        let watches = signals.map(|signals| signals.watch(engine));
+        while !self.quitting.get() {
+            self.turn(None, |daemon, watch| {
+                if let (Some(signals), Some(watches)) = (signals, &watches) {
+                    daemon.signalled(signals, watches, watch);
+                }
+            });
+        }
+        self.stop()
+    }
+
+    fn signalled(&self, signals: &Signals, watches: &[WatchId; 2], watch: WatchId) {
+        if watch == watches[0] && signals.stop_requested() {
+            tracing::info!("asked to stop");
+            self.quitting.set(true);
+        }
+        if watch == watches[1] {
+            for entry in self.exports.borrow().values() {
+                eprintln!("{}", entry.export.stats_line());
+            }
+        }
+    }
+
+    fn turn(self: &Rc<Self>, limit: Option<Duration>, mut ready: impl FnMut(&Rc<Self>, WatchId)) {
+        let context = self.control.context();
+        let (mut calls, mut events) = (Vec::new(), Vec::new());
+        self.calls.take(&mut calls);
+        let mut busy = !calls.is_empty();
+        for call in calls {
+            call(self);
+        }
+        busy |= context.turn(&mut events);
+        if !busy && events.is_empty() {
+            let calls = &self.calls;
+            context.sleep(&mut events, limit, || calls.is_empty());
+        }
+        for event in events {
+            if let Event::Ready(watch) = event {
+                ready(self, watch);
+            }
+        }
+    }
+
+    /// Ends everything; also what [`run`](Self::run) does last.
+    ///
+    /// # Errors
+    ///
+    /// As [`run`](Self::run).
+    pub fn stop(self: &Rc<Self>) -> Result<(), Error> {
+        for entry in self.exports.borrow().values() {
+            entry.server.stop();
+        }
+        let connected = |daemon: &Self| {
+            let exports = daemon.exports.borrow();
+            exports.values().any(|entry| !entry.server.is_finished())
+        };
+        // Connections that end ask the control thread to stop their queues.
+        while connected(self) {
+            self.turn(Some(STOP_LOOK), |_, _| {});
+        }
+        for worker in self.workers.borrow().iter() {
+            worker.mailbox.post(Command::Exit);
+        }
+        for worker in self.workers.take() {
+            let _ = worker.thread.join();
+        }
+        let mut outcome = Ok(());
+        for (id, entry) in self.exports.take() {
+            entry.server.join();
+            outcome = outcome.and(self.flush(&id, &entry.export));
+            entry.export.close();
+        }
+        for name in self.opened.take().into_iter().rev() {
+            outcome = outcome.and(self.close_node(&name));
+        }
+        outcome
+    }
+
+    fn flush(&self, id: &str, export: &Export) -> Result<(), Error> {
+        if !export.config().writable {
+            return Ok(());
+        }
+        let root = Root::new(Rc::clone(self.control.context()), Arc::clone(export.plan()));
+        let flushed = self.block_on(async move { root.flush().await });
+        flushed.map_err(|error| {
+            Error::new(
+                ErrorKind::Io,
+                format!("what export '{id}' wrote last may not be on the disk: {error}"),
+            )
+        })
+    }
+
+    fn close_node(&self, name: &str) -> Result<(), Error> {
+        match self.control.change(|graph| graph.remove(name)) {
+            Ok(removed) => {
+                let context = Rc::clone(self.control.context());
+                self.block_on(async move { removed.abort(&context).await })
+            }
+            // Gone with its parent.
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "workers are real threads here")]
+fn start_worker(number: usize, process: &ProcessConfig) -> Result<WorkerThread, Error> {
+    let choice = process.engine;
+    let polling = Polling {
+        max: process.poll_max,
+    };
+    let cpu = match process.cpus.len() {
+        0 => None,
+        cpus => Some(process.cpus[number % cpus]),
+    };
+    let (made, ready) = mpsc::sync_channel(1);
+    let thread = std::thread::Builder::new()
+        .name(format!("worker {number}"))
+        .spawn(move || {
+            // The engine belongs to the thread that made it.
+            let context = pin(cpu)
+                .and_then(|()| engine::make(choice))
+                .map(IoContext::new);
+            let context = match context {
+                Ok(context) => context,
+                Err(error) => {
+                    let _ = made.send(Err(error));
+                    return;
+                }
+            };
+            let commands = Mailbox::new(Arc::clone(context.engine().sleeper()));
+            let _ = made.send(Ok(Arc::clone(&commands)));
+            Worker::new(context, commands).run(polling);
+        })
+        .map_err(|error| Error::new(ErrorKind::Io, format!("cannot start a worker: {error}")))?;
+    let mailbox = ready
+        .recv()
+        .unwrap_or_else(|_| Err(Error::new(ErrorKind::Io, "a worker ended at its start")))?;
+    Ok(WorkerThread { mailbox, thread })
+}
+
+fn pin(cpu: Option<usize>) -> Result<(), Error> {
+    let Some(cpu) = cpu else {
+        return Ok(());
+    };
+    let mut set = rustix::thread::CpuSet::new();
+    set.set(cpu);
+    rustix::thread::sched_setaffinity(None, &set)
+        .map_err(|errno| Error::host(format!("cannot pin a worker to core {cpu}"), errno))
+}

@@ -1,0 +1,332 @@
+//! Exports: a node offered to a guest, and where its virtqueues are served.
+//!
+//! An export outlives its front-ends: which worker serves which queue, the write cache mode and the
+//! counters are here, while what one connection negotiated is in its session.
+//!
+//! Threads: the control thread. Workers are asked by message and waited for without blocking; one
+//! change of an export's queues runs at a time, the others wait in order.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use async_lock::Mutex;
+use blockcore::driver::Limits;
+use blockcore::graph::permission::{Claim, Permissions};
+use blockcore::graph::{ClaimId, Control};
+use blockcore::io::Plan;
+use blockcore::mailbox::Mailbox;
+use blockcore::{Error, IoError};
+use futures_channel::oneshot;
+
+use crate::config::ExportConfig;
+use crate::vhost_user::memory::GuestMap;
+use crate::virtio::blk::{self, DiskInfo};
+use crate::virtio::queue::RingState;
+use crate::worker::{Command, DeviceId, Disk, QueueKey, StartQueue, Stats};
+
+/// A worker as the control thread knows it: its mailbox.
+pub type WorkerMailbox = Arc<Mailbox<Command>>;
+
+/// A queue as a session wants it served.
+pub struct QueueSetup {
+    /// Where its ring is.
+    pub ring: RingState,
+    /// The guest's memory.
+    pub memory: Arc<GuestMap>,
+    /// Readable when the guest kicks.
+    pub kick: Option<Arc<OwnedFd>>,
+    /// Written to when the guest is to be told.
+    pub call: Option<OwnedFd>,
+    /// Written to when the ring is broken.
+    pub error: Option<OwnedFd>,
+    /// Whether the guest can flush; one that cannot gets every write stable.
+    pub guest_flushes: bool,
+    /// Ends the front-end's connection, without waiting.
+    pub hang_up: Arc<dyn Fn() + Send + Sync>,
+}
+
+/// See the module's header.
+pub struct Export {
+    config: ExportConfig,
+    device: DeviceId,
+    control: Control,
+    claim: ClaimId,
+    plan: Arc<Plan>,
+    block_bytes: u32,
+    writeback: Cell<bool>,
+    workers: Vec<WorkerMailbox>,
+    /// The worker of each queue, by index.
+    assignment: RefCell<Vec<usize>>,
+    stats: Vec<Arc<Stats>>,
+    /// Queues that are served, with how they were set up.
+    running: RefCell<BTreeMap<u16, QueueSetup>>,
+    changing: Mutex<()>,
+}
+
+impl Export {
+    /// Offers a node; its queues go to `workers` in turn, beginning with the one numbered `first`.
+    ///
+    /// # Errors
+    ///
+    /// The node does not exist, is held by somebody, is read-only and should be written to, or
+    /// cannot be a disk with this block size.
+    pub fn new(
+        config: ExportConfig,
+        device: DeviceId,
+        control: &Control,
+        workers: Vec<WorkerMailbox>,
+        first: usize,
+    ) -> Result<Rc<Self>, Error> {
+        config.check()?;
+        let writes = Permissions::WRITE | Permissions::RESIZE;
+        let mut needs = Permissions::CONSISTENT_READ;
+        let mut shares = Permissions::all();
+        if config.writable {
+            needs |= Permissions::WRITE;
+            shares -= writes;
+        }
+        let claim = Claim {
+            who: format!("export '{}'", config.id),
+            needs,
+            shares,
+        };
+        let (bytes, limits) = control.read(|graph| {
+            let node = graph.node(&config.node)?;
+            Ok::<_, Error>((node.bytes(), *node.limits()))
+        })?;
+        let block_bytes = block_bytes(&config, bytes, &limits)?;
+        let claim = control.change(|graph| graph.claim(&config.node, claim))?;
+        let plan = control.read(|graph| graph.plan(&config.node, block_bytes))?;
+        let queues = usize::from(config.queues);
+        Ok(Rc::new(Self {
+            device,
+            control: control.clone(),
+            claim,
+            plan,
+            block_bytes,
+            writeback: Cell::new(!config.writethrough),
+            assignment: RefCell::new((0..queues).map(|i| (first + i) % workers.len()).collect()),
+            workers,
+            stats: (0..queues).map(|_| Arc::default()).collect(),
+            running: RefCell::default(),
+            changing: Mutex::new(()),
+            config,
+        }))
+    }
+
+    /// How it was asked for.
+    pub fn config(&self) -> &ExportConfig {
+        &self.config
+    }
+
+    /// What the guest sees of the disk, now.
+    pub fn info(&self) -> DiskInfo {
+        let limits = self.plan.limits();
+        DiskInfo {
+            bytes: self.plan.bytes(),
+            block_bytes: self.block_bytes,
+            physical_block_bytes: limits.physical_block_bytes.max(self.block_bytes),
+            optimal_io_bytes: limits.optimal_io_bytes,
+            discard_granularity_bytes: limits.discard_granularity_bytes,
+            queues: self.config.queues,
+            read_only: !self.config.writable,
+            unmap: self.plan.modes().unmap,
+            writeback: self.writeback.get(),
+        }
+    }
+
+    /// Serves a queue.
+    pub async fn start_queue(&self, index: u16, setup: QueueSetup) {
+        let _turn = self.changing.lock().await;
+        self.start(index, setup).await;
+    }
+
+    /// Stops a queue with nothing of it in flight; `None` if it was not served.
+    pub async fn stop_queue(&self, index: u16) -> Option<RingState> {
+        let _turn = self.changing.lock().await;
+        self.stop(index).await.map(|setup| setup.ring)
+    }
+
+    /// Tells the guest of a queue's completions by another descriptor.
+    ///
+    /// # Errors
+    ///
+    /// The descriptor cannot be duplicated.
+    pub async fn set_call(&self, index: u16, call: Option<OwnedFd>) -> Result<(), std::io::Error> {
+        let _turn = self.changing.lock().await;
+        let copy = call.as_ref().map(OwnedFd::try_clone).transpose()?;
+        {
+            let mut running = self.running.borrow_mut();
+            let Some(setup) = running.get_mut(&index) else {
+                return Ok(());
+            };
+            setup.call = copy;
+        }
+        let key = self.key(index);
+        self.ask(index, |reply| Command::SetCall(key, call, reply))
+            .await;
+        Ok(())
+    }
+
+    /// Changes whether writes may complete before they are stable.
+    ///
+    /// # Errors
+    ///
+    /// What was written before could not be flushed.
+    pub async fn set_writeback(&self, writeback: bool) -> Result<(), IoError> {
+        let _turn = self.changing.lock().await;
+        self.writeback.set(writeback);
+        let mut replies = Vec::new();
+        for worker in &self.workers {
+            let (reply, answer) = oneshot::channel();
+            worker.post(Command::SetWriteback(self.device, writeback, reply));
+            replies.push(answer);
+        }
+        let mut outcome = Ok(());
+        for answer in replies {
+            outcome = outcome.and(answer.await.unwrap_or(Ok(())));
+        }
+        outcome
+    }
+
+    /// Moves a queue to another worker, running or not.
+    ///
+    /// # Errors
+    ///
+    /// There is no such queue or worker.
+    pub async fn move_queue(&self, index: u16, worker: usize) -> Result<(), Error> {
+        let known = usize::from(index) < self.assignment.borrow().len();
+        if !known || worker >= self.workers.len() {
+            return Err(Error::invalid(format!(
+                "export '{}' has no queue {index}, or there is no worker {worker}",
+                self.config.id
+            )));
+        }
+        let _turn = self.changing.lock().await;
+        let stopped = self.stop(index).await;
+        self.assignment.borrow_mut()[usize::from(index)] = worker;
+        if let Some(setup) = stopped {
+            self.start(index, setup).await;
+        }
+        Ok(())
+    }
+
+    /// Which worker serves a queue.
+    pub fn worker_of(&self, index: u16) -> Option<usize> {
+        self.assignment.borrow().get(usize::from(index)).copied()
+    }
+
+    /// Gives the node up. The export's queues have been stopped.
+    pub fn close(&self) {
+        debug_assert!(self.running.borrow().is_empty(), "queues are stopped first");
+        self.control
+            .change(|graph| graph.release(&self.config.node, self.claim));
+    }
+
+    /// The disk below.
+    pub fn plan(&self) -> &Arc<Plan> {
+        &self.plan
+    }
+
+    /// One line of counters, as `SIGUSR1` prints it.
+    pub fn stats_line(&self) -> String {
+        let sum = |counter: fn(&Stats) -> &std::sync::atomic::AtomicU64| {
+            let values = self.stats.iter();
+            values
+                .map(|stats| counter(stats).load(Ordering::Relaxed))
+                .sum::<u64>()
+        };
+        format!(
+            "stats export={} reads={} writes={} flushes={} discards={} errors={} host_syncs={}",
+            self.config.id,
+            sum(|stats| &stats.reads),
+            sum(|stats| &stats.writes),
+            sum(|stats| &stats.flushes),
+            sum(|stats| &stats.ranges),
+            sum(|stats| &stats.errors),
+            self.plan.host_syncs()
+        )
+    }
+
+    fn key(&self, index: u16) -> QueueKey {
+        QueueKey {
+            device: self.device,
+            index,
+        }
+    }
+
+    async fn start(&self, index: u16, setup: QueueSetup) {
+        let copy = |fd: &Option<OwnedFd>| fd.as_ref().and_then(|fd| fd.try_clone().ok());
+        let start = StartQueue {
+            key: self.key(index),
+            ring: setup.ring,
+            memory: Arc::clone(&setup.memory),
+            kick: setup.kick.clone(),
+            call: copy(&setup.call),
+            error: copy(&setup.error),
+            plan: Arc::clone(&self.plan),
+            disk: Disk {
+                export: self.config.id.as_str().into(),
+                block_bytes: self.block_bytes,
+                read_only: !self.config.writable,
+                id: blk::id(&self.config.serial),
+            },
+            writeback: self.writeback.get() && setup.guest_flushes,
+            hang_up: Arc::clone(&setup.hang_up),
+            stats: Arc::clone(&self.stats[usize::from(index)]),
+        };
+        self.ask(index, |reply| Command::Start(Box::new(start), reply))
+            .await;
+        self.running.borrow_mut().insert(index, setup);
+    }
+
+    async fn stop(&self, index: u16) -> Option<QueueSetup> {
+        if !self.running.borrow().contains_key(&index) {
+            return None;
+        }
+        let key = self.key(index);
+        let state = self.ask(index, |reply| Command::Stop(key, reply)).await;
+        let mut setup = self.running.borrow_mut().remove(&index)?;
+        if let Some(Some(ring)) = state {
+            setup.ring = ring;
+        }
+        Some(setup)
+    }
+
+    /// Asks the worker of a queue and waits for its answer; `None` if the worker is gone.
+    async fn ask<T>(
+        &self,
+        index: u16,
+        command: impl FnOnce(oneshot::Sender<T>) -> Command,
+    ) -> Option<T> {
+        let worker = self.worker_of(index)?;
+        let (reply, answer) = oneshot::channel();
+        self.workers[worker].post(command(reply));
+        answer.await.ok()
+    }
+}
+
+/// The block size that the guest is told, if the node can be a disk with it.
+fn block_bytes(config: &ExportConfig, bytes: u64, limits: &Limits) -> Result<u32, Error> {
+    let block = config.block_bytes.unwrap_or(limits.logical_block_bytes);
+    let (id, node) = (&config.id, &config.node);
+    if block < limits.logical_block_bytes {
+        return Err(Error::invalid(format!(
+            "export '{id}' cannot have blocks of {block} bytes: the device below node '{node}' has \
+             blocks of {}",
+            limits.logical_block_bytes
+        )));
+    }
+    if !bytes.is_multiple_of(u64::from(block)) {
+        return Err(Error::invalid(format!(
+            "export '{id}': node '{node}' has {bytes} bytes, which is not a multiple of its block \
+             size ({block} bytes); extend the image to {}, for example with 'truncate -s'",
+            bytes.next_multiple_of(u64::from(block))
+        )));
+    }
+    Ok(block)
+}

@@ -1,0 +1,184 @@
+//! The listening socket of an export, and the thread that serves those who connect.
+
+use std::fs;
+use std::io::ErrorKind as IoErrorKind;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use blockcore::{Error, ErrorKind};
+use rustix::event::{EventfdFlags, PollFlags, eventfd};
+
+use super::session;
+use super::socket::{Closed, wait};
+use crate::daemon::ControlHandle;
+
+/// How long a thread waits before it accepts again after the host refused.
+const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
+
+/// A socket that front-ends can connect to; removed from its directory when dropped.
+pub struct Socket {
+    listener: UnixListener,
+    path: PathBuf,
+    identity: (u64, u64),
+}
+
+impl Socket {
+    /// Listens at `path`. What is left of a socket that nobody listens at is replaced.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Busy`] if somebody listens there, [`ErrorKind::Exists`] if it is something else
+    /// than a socket; else the host's refusal.
+    pub fn bind(path: &Path) -> Result<Self, Error> {
+        let shown = path.display();
+        let failed = |error: std::io::Error| {
+            let errno = rustix::io::Errno::from_io_error(&error);
+            match errno {
+                Some(errno) => Error::host(format!("cannot listen at socket '{shown}'"), errno),
+                None => Error::invalid(format!("cannot listen at socket '{shown}': {error}")),
+            }
+        };
+        let listener = match UnixListener::bind(path) {
+            Err(error) if error.kind() == IoErrorKind::AddrInUse => {
+                remove_stale(path)?;
+                UnixListener::bind(path).map_err(failed)?
+            }
+            result => result.map_err(failed)?,
+        };
+        listener.set_nonblocking(true).map_err(failed)?;
+        let metadata = fs::symlink_metadata(path).map_err(failed)?;
+        Ok(Self {
+            listener,
+            path: path.to_owned(),
+            identity: (metadata.dev(), metadata.ino()),
+        })
+    }
+}
+
+fn remove_stale(path: &Path) -> Result<(), Error> {
+    let shown = path.display();
+    let metadata = match fs::symlink_metadata(path) {
+        Ok(metadata) => metadata,
+        Err(_) => return Ok(()),
+    };
+    if !metadata.file_type().is_socket() {
+        return Err(Error::new(
+            ErrorKind::Exists,
+            format!(
+                "cannot listen at '{shown}': it exists and is not a socket, and is left as it is"
+            ),
+        ));
+    }
+    match UnixStream::connect(path) {
+        Err(error) if error.kind() == IoErrorKind::ConnectionRefused => {}
+        _ => {
+            return Err(Error::busy(format!(
+                "cannot listen at socket '{shown}': another process listens there"
+            )));
+        }
+    }
+    tracing::info!(socket = %shown, "replacing a socket that nobody listens at");
+    fs::remove_file(path).map_err(|error| {
+        Error::invalid(format!(
+            "cannot replace the unused socket '{shown}': {error}"
+        ))
+    })
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        // Somebody may have put another socket in its place.
+        let mine = fs::symlink_metadata(&self.path)
+            .is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == self.identity);
+        if mine {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// The thread that serves an export's front-ends.
+pub struct Server {
+    stop: Arc<OwnedFd>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Server {
+    /// Serves those who connect to `socket`, one after the other.
+    ///
+    /// # Errors
+    ///
+    /// The host's refusal to make a thread or an eventfd.
+    #[expect(clippy::disallowed_methods, reason = "a socket needs a real thread")]
+    pub fn start(socket: Socket, export: &str, control: ControlHandle) -> Result<Self, Error> {
+        let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(|errno| Error::host("cannot make an eventfd", errno))?;
+        let stop = Arc::new(stop);
+        let (id, stop_too) = (export.to_owned(), Arc::clone(&stop));
+        let thread = std::thread::Builder::new()
+            .name(format!("export {export}"))
+            .spawn(move || serve(&socket, &id, &control, &stop_too))
+            .map_err(|error| {
+                Error::new(ErrorKind::Io, format!("cannot start a thread: {error}"))
+            })?;
+        Ok(Self {
+            stop,
+            thread: Mutex::new(Some(thread)),
+        })
+    }
+
+    /// Ends the connection, if there is one, and accepts no other. Does not wait.
+    pub fn stop(&self) {
+        let _ = rustix::io::write(&*self.stop, &1_u64.to_ne_bytes());
+    }
+
+    /// Waits until the thread has ended, its connection's queues stopped. The control thread must not
+    /// call this while the connection may still ask it: it polls [`is_finished`](Self::is_finished).
+    pub fn join(&self) {
+        let thread = self.thread.lock().expect("no panic while joining").take();
+        if let Some(thread) = thread {
+            let _ = thread.join();
+        }
+    }
+
+    /// Whether [`join`](Self::join) would not wait.
+    pub fn is_finished(&self) -> bool {
+        let thread = self.thread.lock().expect("no panic while joining");
+        thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+}
+
+fn serve(socket: &Socket, export: &str, control: &ControlHandle, stop: &Arc<OwnedFd>) {
+    loop {
+        match wait(socket.listener.as_fd(), PollFlags::IN, stop.as_fd()) {
+            Ok(()) => {}
+            Err(Closed::Stopping) => return,
+            Err(error) => {
+                tracing::error!(export, ?error, "cannot wait for front-ends any more");
+                return;
+            }
+        }
+        match socket.listener.accept() {
+            Ok((stream, _)) => {
+                tracing::info!(export, "front-end connected");
+                match session::run(stream, export, control, stop) {
+                    Closed::Quietly => tracing::info!(export, "front-end disconnected"),
+                    Closed::Stopping => return,
+                    Closed::Broken(why) => {
+                        tracing::warn!(export, why, "ended the connection of a front-end");
+                    }
+                }
+            }
+            Err(error) if error.kind() == IoErrorKind::WouldBlock => {}
+            Err(error) => {
+                // Out of descriptors, as a rule: others may give some back.
+                tracing::warn!(export, %error, "cannot accept a front-end");
+                std::thread::sleep(ACCEPT_AGAIN);
+            }
+        }
+    }
+}
