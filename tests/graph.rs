@@ -31,7 +31,7 @@ use futures_channel::oneshot;
 use harness::model::{self, Flushed, ModelDisk, Outcome};
 
 /// Seeds tried when nothing is said: about twenty seconds.
-const DEFAULT_SEEDS: u64 = 300;
+const DEFAULT_SEEDS: u64 = 250;
 /// Every so many seeds one is run twice, and both must give the same hash.
 const REPEAT_EVERY: u64 = 10;
 /// Simulated time after which a life that has not ended is stuck.
@@ -610,9 +610,9 @@ impl Test {
     fn range(&self) -> (u64, u64) {
         let grain = self.case.grain;
         let cells = self.case.bytes / grain;
-        let most = match self.below(10) {
-            0 => cells,
-            1..4 => (65536 / grain).min(cells),
+        let most = match self.below(100) {
+            0..2 => cells,
+            2..20 => (65536 / grain).min(cells),
             _ => (8192 / grain).min(cells),
         };
         let (mut begin, mut count) = (0, 1 + self.below(most));
