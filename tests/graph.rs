@@ -1,4 +1,4 @@
-//! Random requests through the node pipeline on the simulated engine, checked against a model disk.
+//! Random requests through the node pipeline on the simulated engine, checked against their history.
 //!
 //! A seed decides the disk (file or device, alignment, direct or not, raw with an offset), what goes
 //! wrong, how many workers there are and what they ask. A disk lives several lives: each ends in order,
@@ -7,7 +7,7 @@
 //! `STONEWORK_SEED=n` replays one seed and says what it was. `STONEWORK_SEEDS=n` tries so many,
 //! `STONEWORK_SECONDS=n` as many as fit in that time; both begin at `STONEWORK_SEED` if it is given.
 
-#![expect(
+#![allow(
     clippy::disallowed_methods,
     reason = "the budget of the whole test is wall-clock time; the simulation never sees it"
 )]
@@ -28,7 +28,7 @@ use blockcore::io::{Plan, Root};
 use blockcore::options::Options;
 use blockcore::{Error, ErrorKind, IoError};
 use futures_channel::oneshot;
-use harness::model::{self, Flushed, ModelDisk, Outcome};
+use harness::history::{self, Flushed, History, Outcome};
 
 /// Seeds tried when nothing is said: about twenty seconds.
 const DEFAULT_SEEDS: u64 = 250;
@@ -40,7 +40,7 @@ const LIMIT: Duration = Duration::from_secs(3600);
 const PATH: &str = "/simulated/disk";
 
 #[test]
-fn random_requests_with_faults_kills_and_power_cuts_keep_what_the_model_disk_says() {
+fn random_requests_with_faults_kills_and_power_cuts_leave_only_what_the_history_allows() {
     let number = |name: &str| {
         let text = std::env::var(name).ok()?;
         let parsed = match text.strip_prefix("0x") {
@@ -314,7 +314,7 @@ impl Case {
         simulation.set_faults(self.faults.clone());
         let test = Rc::new(Test {
             case: self.clone(),
-            model: RefCell::new(ModelDisk::new(self.bytes, self.grain)),
+            history: RefCell::new(History::new(self.bytes, self.grain)),
             random: RefCell::new(simulation.random()),
             next_tag: Cell::new(1),
             outstanding: Cell::new(0),
@@ -347,7 +347,7 @@ impl Totals {
 /// A disk across its lives.
 struct Test {
     case: Case,
-    model: RefCell<ModelDisk>,
+    history: RefCell<History>,
     random: RefCell<Random>,
     next_tag: Cell<u32>,
     outstanding: Cell<usize>,
@@ -423,7 +423,7 @@ impl Test {
         self.open(simulation, &workers[0].0, &control)?;
         // What the life before had under way is over: it would have held its locks.
         let flush_may_have_failed = self.flushes.take() > 0 && self.flushes_can_be_lost();
-        self.model.borrow_mut().killed(flush_may_have_failed);
+        self.history.borrow_mut().killed(flush_may_have_failed);
         self.outstanding.set(0);
 
         let plan = control.read(|graph| graph.plan("disk", case.grain as u32));
@@ -475,8 +475,8 @@ impl Test {
                 simulation.power_cut();
                 self.flushes.set(0);
                 let left = self.contents(simulation);
-                let mut model = self.model.borrow_mut();
-                model.power_cut(&left).map_err(|wrong| wrong.to_string())
+                let mut history = self.history.borrow_mut();
+                history.power_cut(&left).map_err(|wrong| wrong.to_string())
             }
         }
     }
@@ -571,7 +571,7 @@ impl Test {
             return Err(format!("the disk has {} bytes now", plan.bytes()));
         }
         let contents = self.contents(simulation);
-        let checked = self.model.borrow().check_now(&contents);
+        let checked = self.history.borrow().check_now(&contents);
         checked.map_err(|wrong| wrong.to_string())?;
         let worker = Rc::clone(&servers[0].worker);
         drop(servers);
@@ -697,14 +697,14 @@ impl Server {
         let test = &self.test;
         let into = test.memory(bytes);
         into.fill(0xa5);
-        let read = test.model.borrow_mut().begin_read(offset, bytes);
+        let read = test.history.borrow_mut().begin_read(offset, bytes);
         let started = self.start(|token| self.root.start_read(offset, into.clone(), token));
         let result = match is_whole(started, bytes).await {
             true => Ok(()),
             false => self.root.read(offset, into.clone()).await,
         };
         let data = result.is_ok().then(|| into.to_vec());
-        let checked = test.model.borrow_mut().end_read(read, data.as_deref());
+        let checked = test.history.borrow_mut().end_read(read, data.as_deref());
         if let Err(wrong) = checked {
             test.fail(wrong.to_string());
         }
@@ -717,9 +717,9 @@ impl Server {
         let test = &self.test;
         let tag = test.next_tag.replace(test.next_tag.get() + 1);
         let from = test.memory(bytes);
-        from.copy_from(&model::data(tag, offset, bytes));
+        from.copy_from(&history::data(tag, offset, bytes));
         let flags = self.write_flags();
-        let write = test.model.borrow_mut().begin_write(tag, offset, bytes);
+        let write = test.history.borrow_mut().begin_write(tag, offset, bytes);
         let started = match flags.is_empty() {
             true => self.start(|token| self.root.start_write(offset, from.clone(), token)),
             false => None,
@@ -739,7 +739,7 @@ impl Server {
         let mut how = ZeroFlags::empty();
         how.set(ZeroFlags::MAY_UNMAP, test.chance(500));
         let flags = self.write_flags();
-        let write = test.model.borrow_mut().begin_write(0, offset, bytes);
+        let write = test.history.borrow_mut().begin_write(0, offset, bytes);
         let zero = self.root.write_zeroes(offset, bytes, how, flags);
         let result = self.counted(flags, zero).await;
         self.end_write("zeroing", write, result, flags);
@@ -748,10 +748,10 @@ impl Server {
     async fn discard(&self, offset: u64, bytes: u64) {
         let test = &self.test;
         let flags = self.write_flags();
-        let write = test.model.borrow_mut().begin_write(0, offset, bytes);
+        let write = test.history.borrow_mut().begin_write(0, offset, bytes);
         let discard = self.root.discard(offset, bytes, flags);
         let result = self.counted(flags, discard).await;
-        test.model.borrow_mut().end_discard(write);
+        test.history.borrow_mut().end_discard(write);
         self.after_stable(flags, result);
         self.check_write_result("discard", result);
     }
@@ -759,7 +759,7 @@ impl Server {
     async fn flush(&self) {
         let test = &self.test;
         let lost_before = test.lost.get();
-        let flush = test.model.borrow_mut().begin_flush();
+        let flush = test.history.borrow_mut().begin_flush();
         let result = self.counted(WriteFlags::STABLE, self.root.flush()).await;
         let flushed = match result {
             Ok(()) if test.case.no_flush => Flushed::Nothing,
@@ -770,7 +770,7 @@ impl Server {
         if lost_before && result.is_ok() && !test.case.no_flush {
             test.fail("a flush succeeds after one was lost".into());
         }
-        test.model.borrow_mut().end_flush(flush, flushed);
+        test.history.borrow_mut().end_flush(flush, flushed);
         self.after_stable(WriteFlags::STABLE, result);
         let may_fail = test.case.faults.sync_error_permille > 0;
         let (buffered, direct) = (!test.case.direct, test.case.direct);
@@ -835,7 +835,7 @@ impl Server {
     fn end_write(
         &self,
         what: &str,
-        write: model::Write,
+        write: history::Write,
         result: Result<(), IoError>,
         flags: WriteFlags,
     ) {
@@ -846,7 +846,7 @@ impl Server {
             Ok(()) => Outcome::Done,
             Err(_) => Outcome::Failed,
         };
-        test.model.borrow_mut().end_write(write, outcome);
+        test.history.borrow_mut().end_write(write, outcome);
         self.after_stable(flags, result);
         self.check_write_result(what, result);
     }
@@ -857,9 +857,9 @@ impl Server {
         if flags.contains(WriteFlags::STABLE) && result == Err(IoError::FlushLost) {
             test.lost.set(true);
             test.totals.borrow_mut().flushes_lost += 1;
-            let mut model = test.model.borrow_mut();
-            let flush = model.begin_flush();
-            model.end_flush(flush, Flushed::Lost);
+            let mut history = test.history.borrow_mut();
+            let flush = history.begin_flush();
+            history.end_flush(flush, Flushed::Lost);
         }
     }
 

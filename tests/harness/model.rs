@@ -1,483 +1,333 @@
-//! A model disk: what each byte may be, given what was asked, acknowledged and flushed.
+//! The model disk: what each sector may hold, given what was sent to a disk and what it answered.
 //!
-//! The disk is cells of `grain` bytes; requests cover whole cells. A cell knows every write that it may
-//! hold, for a read now and for a reader after a power cut. The rules:
+//! While a write is in flight a sector may hold the old content or the new one, and writes in
+//! flight together may land in either order. So the model keeps, per sector, every content that
+//! is still possible, and a read is right if each sector it returned was possible at some moment
+//! while the read was in flight.
 //!
-//! * from its beginning on, a write may be seen;
-//! * once it has completed, nothing is seen that completed before it began;
-//! * a write that failed may be seen, and so may what it would have replaced;
-//! * once a flush has succeeded, a power cut leaves nothing that a write had replaced before the flush
-//!   began.
+//! Contents are not stored: each write has a number, its *stamp*, and a sector's bytes follow from
+//! the stamp and the sector's address. A sector that was moved, torn or never written shows.
 //!
-//! A write is a tag, and a tag is a pattern of bytes that differs at every offset; tag 0 is zeroes.
+//! Not here: what survives a power cut.
 
-use std::fmt;
+use std::collections::HashMap;
+use std::ops::Range;
 
-/// Disk, history and what may be.
+use crate::random::mix;
+
+/// The model's grain, and the unit of virtio-blk's addresses.
+pub const SECTOR_BYTES: usize = 512;
+
+/// The number of a write. Sectors that were zeroed, and those of a new disk, have [`ZEROES`].
+pub type Stamp = u64;
+
+/// The stamp of sectors that read as zeroes.
+pub const ZEROES: Stamp = 0;
+
+/// A request that [`ModelDisk`] was told of and that has not ended.
+#[derive(Debug, PartialEq, Eq, Hash, Clone, Copy)]
+pub struct Ticket(u64);
+
+/// What a request does to the sectors it names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Change {
+    /// They hold the content of this stamp. Zeroing them is writing [`ZEROES`].
+    Write(Stamp),
+    /// They hold what they held, or zeroes.
+    Discard,
+}
+
+/// A disk that remembers what it may contain.
+#[derive(Debug)]
 pub struct ModelDisk {
-    grain: u64,
-    cells: Vec<Vec<Version>>,
-    /// Counts events.
-    time: u32,
-    /// When a failed flush last may have lost completed writes.
-    lost_at: u32,
-    /// When each read under way began.
-    reads: Vec<u32>,
+    sectors: Vec<Vec<Content>>,
+    changes: HashMap<Ticket, (Range<usize>, Change)>,
+    reads: HashMap<Ticket, Reading>,
+    /// Counts beginnings and ends, so that they can be put in order.
+    clock: u64,
 }
 
-/// A write that a cell may hold.
-#[derive(Clone, Debug)]
-struct Version {
-    tag: u32,
-    /// When its request ended, however; `u32::MAX` while it is under way.
-    ended: u32,
-    /// When a read first could not see it any more.
-    replaced: u32,
-    /// Beginning and end of a write that replaced it and that no failed flush has lost.
-    buried: Option<(u32, u32)>,
-    /// A power cut does not bring it back.
-    gone: bool,
+/// A content that a sector may have.
+#[derive(Debug, Clone, Copy)]
+struct Content {
+    stamp: Stamp,
+    began: u64,
+    /// `None` while the write is in flight.
+    ended: Option<u64>,
 }
 
-/// A write under way.
-#[must_use]
 #[derive(Debug)]
-pub struct Write {
-    tag: u32,
-    offset: u64,
-    bytes: u64,
-    begun: u32,
-}
-
-/// How a write ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// It completed.
-    Done,
-    /// It completed and is durable.
-    Stable,
-    /// It failed: some of it may have happened.
-    Failed,
-}
-
-/// A read under way.
-#[must_use]
-#[derive(Debug)]
-pub struct Read {
-    offset: u64,
-    bytes: u64,
-    begun: u32,
-}
-
-/// A flush under way.
-#[must_use]
-#[derive(Debug)]
-pub struct Flush {
-    begun: u32,
-    lost_at: u32,
-}
-
-/// How a flush ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Flushed {
-    /// What had completed before it is durable.
-    Done,
-    /// Nothing is known, nothing is lost: it failed and may be tried again, or it did nothing.
-    Nothing,
-    /// It failed, and what had completed before it may be lost for good.
-    Lost,
-}
-
-/// A byte that cannot be what it is.
-#[derive(Debug)]
-pub struct Mismatch(String);
-
-impl fmt::Display for Mismatch {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-/// What a write of `tag` puts at `offset`.
-pub fn pattern(tag: u32, offset: u64) -> u8 {
-    if tag == 0 {
-        return 0;
-    }
-    let word = u64::from(tag).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (offset >> 3);
-    let word = word.wrapping_mul(0xd6e8_feb8_6659_fd93);
-    (word >> (32 + (offset & 7) * 4)) as u8
-}
-
-/// The bytes of a write of `tag` to a range.
-pub fn data(tag: u32, offset: u64, bytes: u64) -> Vec<u8> {
-    (offset..offset + bytes)
-        .map(|offset| pattern(tag, offset))
-        .collect()
+struct Reading {
+    sectors: Range<usize>,
+    /// Per sector, what the read may return: it grows with each write that begins meanwhile.
+    possible: Vec<Vec<Stamp>>,
 }
 
 impl ModelDisk {
-    /// A disk of zeroes, durable ones.
-    pub fn new(bytes: u64, grain: u64) -> Self {
-        assert!(bytes.is_multiple_of(grain), "a disk of whole cells");
-        let zeroes = Version {
-            tag: 0,
-            ended: 0,
-            replaced: u32::MAX,
-            buried: None,
-            gone: false,
+    /// A disk of `sectors` sectors, all zeroes.
+    pub fn new(sectors: usize) -> Self {
+        let zeroes = Content {
+            stamp: ZEROES,
+            began: 0,
+            ended: Some(0),
         };
         Self {
-            grain,
-            cells: vec![vec![zeroes]; (bytes / grain) as usize],
-            time: 0,
-            lost_at: 0,
-            reads: Vec::new(),
+            sectors: vec![vec![zeroes]; sectors],
+            changes: HashMap::new(),
+            reads: HashMap::new(),
+            clock: 0,
         }
     }
 
-    /// A write of `tag` (zeroing is one of tag 0) is about to be asked for.
-    pub fn begin_write(&mut self, tag: u32, offset: u64, bytes: u64) -> Write {
-        let begun = self.tick();
-        for cell in self.range(offset, bytes) {
-            self.cells[cell].push(Version {
-                tag,
-                ended: u32::MAX,
-                replaced: u32::MAX,
-                buried: None,
-                gone: false,
+    /// The disk's size.
+    pub fn sectors(&self) -> usize {
+        self.sectors.len()
+    }
+
+    /// A change of `sectors` is about to be sent.
+    pub fn begin_change(&mut self, sectors: Range<usize>, change: Change) -> Ticket {
+        let now = self.tick();
+        let stamp = match change {
+            Change::Write(stamp) => stamp,
+            Change::Discard => ZEROES,
+        };
+        for contents in &mut self.sectors[sectors.clone()] {
+            contents.push(Content {
+                stamp,
+                began: now,
+                ended: None,
             });
         }
-        Write {
-            tag,
-            offset,
-            bytes,
-            begun,
-        }
-    }
-
-    /// A write has ended.
-    pub fn end_write(&mut self, write: Write, outcome: Outcome) {
-        let now = self.tick();
-        let oldest_read = self.reads.iter().min().copied().unwrap_or(now);
-        let lost_at = self.lost_at;
-        for cell in self.range(write.offset, write.bytes) {
-            let cell = &mut self.cells[cell];
-            let own = cell
-                .iter_mut()
-                .find(|version| version.tag == write.tag && version.ended == u32::MAX);
-            own.expect("begun, and not ended before").ended = now;
-            if outcome == Outcome::Failed {
-                continue;
-            }
-            for version in cell.iter_mut().filter(|old| old.ended < write.begun) {
-                version.replaced = version.replaced.min(now);
-                if version.buried.is_none_or(|(begun, _)| begun <= lost_at) {
-                    version.buried = Some((write.begun, now));
+        for reading in self.reads.values_mut() {
+            let start = reading.sectors.start.max(sectors.start);
+            let end = reading.sectors.end.min(sectors.end);
+            for sector in start..end {
+                let possible = &mut reading.possible[sector - reading.sectors.start];
+                if !possible.contains(&stamp) {
+                    possible.push(stamp);
                 }
-                version.gone |= outcome == Outcome::Stable;
             }
-            cell.retain(|version| !version.gone || version.replaced >= oldest_read);
         }
+        let ticket = Ticket(now);
+        self.changes.insert(ticket, (sectors, change));
+        ticket
     }
 
-    /// A discard has ended well: the range holds what it held, or zeroes.
-    pub fn end_discard(&mut self, write: Write) {
-        assert_eq!(write.tag, 0, "a discard begins as a write of zeroes");
-        self.end_write(write, Outcome::Failed);
-    }
-
-    /// A read is about to be asked for.
-    pub fn begin_read(&mut self, offset: u64, bytes: u64) -> Read {
-        let begun = self.tick();
-        self.reads.push(begun);
-        Read {
-            offset,
-            bytes,
-            begun,
-        }
-    }
-
-    /// A read has ended: well, with what it read, or with nothing to look at.
-    pub fn end_read(&mut self, read: Read, data: Option<&[u8]>) -> Result<(), Mismatch> {
-        self.reads.retain(|begun| *begun != read.begun);
-        let Some(data) = data else { return Ok(()) };
-        assert_eq!(data.len() as u64, read.bytes);
-        self.check(read.offset, data, "read", |version| {
-            version.replaced >= read.begun
-        })
-    }
-
-    /// A flush is about to be asked for.
-    pub fn begin_flush(&mut self) -> Flush {
-        Flush {
-            begun: self.tick(),
-            lost_at: self.lost_at,
-        }
-    }
-
-    /// A flush has ended.
-    pub fn end_flush(&mut self, flush: Flush, flushed: Flushed) {
+    /// The change has been answered with success.
+    ///
+    /// # Panics
+    ///
+    /// If `ticket` is not that of a change in flight.
+    pub fn end_change(&mut self, ticket: Ticket) {
+        let (sectors, change) = self.changes.remove(&ticket).expect("a change in flight");
         let now = self.tick();
-        match flushed {
-            Flushed::Nothing => {}
-            Flushed::Lost => self.lost_at = now,
-            Flushed::Done => {
-                let oldest_read = self.reads.iter().min().copied().unwrap_or(now);
-                for cell in self.cells.iter_mut().filter(|cell| cell.len() > 1) {
-                    for version in cell.iter_mut() {
-                        version.gone |= version.buried.is_some_and(|(begun, ended)| {
-                            begun > flush.lost_at && ended < flush.begun
-                        });
-                    }
-                    cell.retain(|version| !version.gone || version.replaced >= oldest_read);
+        let Ticket(began) = ticket;
+        for contents in &mut self.sectors[sectors] {
+            if let Change::Write(_) = change {
+                // Whatever had ended before this one began has been overwritten. What was in
+                // flight beside it may have landed before it or after it.
+                contents.retain(|content| content.ended.is_none_or(|ended| ended > began));
+            }
+            for content in contents {
+                if content.began == began {
+                    content.ended = Some(now);
                 }
             }
         }
     }
 
-    /// The process was killed, and all that it had under way has landed or never will. A flush among it
-    /// may have failed unheard.
-    pub fn killed(&mut self, flush_may_have_failed: bool) {
-        let now = self.tick();
-        self.reads.clear();
-        for version in self.cells.iter_mut().flatten() {
-            version.ended = version.ended.min(now);
-        }
-        if flush_may_have_failed {
-            self.lost_at = now;
-        }
+    /// A read of `sectors` is about to be sent.
+    pub fn begin_read(&mut self, sectors: Range<usize>) -> Ticket {
+        let ticket = Ticket(self.tick());
+        let possible = self.sectors[sectors.clone()]
+            .iter()
+            .map(|contents| {
+                let mut possible: Vec<Stamp> =
+                    contents.iter().map(|content| content.stamp).collect();
+                possible.dedup();
+                possible
+            })
+            .collect();
+        self.reads.insert(ticket, Reading { sectors, possible });
+        ticket
     }
 
-    /// What the disk holds now, with nothing under way.
-    pub fn check_now(&self, contents: &[u8]) -> Result<(), Mismatch> {
-        self.check(0, contents, "disk", |version| version.replaced == u32::MAX)
-    }
-
-    /// The power was cut, and this is what the disk holds now. It is the whole history from here on.
-    pub fn power_cut(&mut self, contents: &[u8]) -> Result<(), Mismatch> {
-        self.check(0, contents, "disk after a power cut", |version| {
-            !version.gone
-        })?;
-        let now = self.tick();
-        self.reads.clear();
-        let grain = self.grain as usize;
-        for (index, cell) in self.cells.iter_mut().enumerate() {
-            let offset = index as u64 * self.grain;
-            let bytes = &contents[index * grain..(index + 1) * grain];
-            let matching = |tag| {
-                let pairs = bytes.iter().zip(data(tag, offset, grain as u64));
-                pairs.filter(|(is, would)| *is == would).count()
-            };
-            cell.retain(|version| !version.gone && matching(version.tag) > 0);
-            // Torn by sectors it may hold two writes; otherwise it holds one.
-            if cell.iter().any(|version| matching(version.tag) == grain) {
-                cell.retain(|version| matching(version.tag) == grain);
-            }
-            for version in cell {
-                version.ended = version.ended.min(now);
-                version.replaced = u32::MAX;
-                version.buried = None;
-            }
-        }
-        Ok(())
-    }
-
-    fn check(
-        &self,
-        offset: u64,
-        data: &[u8],
-        what: &str,
-        possible: impl Fn(&Version) -> bool,
-    ) -> Result<(), Mismatch> {
-        for (at, byte) in (offset..).zip(data) {
-            let cell = &self.cells[(at / self.grain) as usize];
-            let mut versions = cell.iter().filter(|version| possible(version));
-            if !versions.any(|version| pattern(version.tag, at) == *byte) {
-                let run = (at..offset + data.len() as u64)
-                    .take_while(|at| {
-                        let cell = &self.cells[(at / self.grain) as usize];
-                        let byte = data[(at - offset) as usize];
-                        !cell
-                            .iter()
-                            .any(|v| possible(v) && pattern(v.tag, *at) == byte)
-                    })
-                    .count();
-                return Err(Mismatch(format!(
-                    "{what}: byte {at:#x} is {byte:#04x} (and {run} bytes from it are wrong); it may \
-                     be {}; its history is {cell:?} at {}, flush lost at {}",
-                    cell.iter()
-                        .filter(|version| possible(version))
-                        .map(|v| format!("{:#04x} (write {})", pattern(v.tag, at), v.tag))
+    /// The read has returned `data`.
+    ///
+    /// # Errors
+    ///
+    /// A sentence that names the first sector which holds what it cannot hold, and what it could.
+    ///
+    /// # Panics
+    ///
+    /// If `ticket` is not that of a read in flight, or `data` has another length than was asked
+    /// for.
+    pub fn end_read(&mut self, ticket: Ticket, data: &[u8]) -> Result<(), String> {
+        let reading = self.reads.remove(&ticket).expect("a read in flight");
+        assert_eq!(data.len(), reading.sectors.len() * SECTOR_BYTES);
+        let sectors = reading.sectors.clone().zip(&reading.possible);
+        for ((sector, possible), bytes) in sectors.zip(data.chunks_exact(SECTOR_BYTES)) {
+            if let Some(word) = impossible_word(possible, sector, bytes) {
+                return Err(format!(
+                    "sector {sector} (offset {:#x}) holds {:02x?} at {:#x}, but could hold only {}",
+                    sector * SECTOR_BYTES,
+                    &bytes[word * 8..][..8],
+                    word * 8,
+                    possible
+                        .iter()
+                        .map(|&stamp| describe(stamp, sector, word))
                         .collect::<Vec<_>>()
-                        .join(" or "),
-                    self.time,
-                    self.lost_at,
-                )));
+                        .join(" or ")
+                ));
             }
         }
         Ok(())
     }
 
-    fn range(&self, offset: u64, bytes: u64) -> std::ops::Range<usize> {
-        debug_assert!((offset | bytes).is_multiple_of(self.grain));
-        (offset / self.grain) as usize..((offset + bytes) / self.grain) as usize
+    /// Checks `data`, the whole disk, while nothing is in flight.
+    ///
+    /// # Errors
+    ///
+    /// As [`end_read`](Self::end_read).
+    pub fn check(&mut self, data: &[u8]) -> Result<(), String> {
+        let all = self.begin_read(0..self.sectors());
+        self.end_read(all, data)
     }
 
-    fn tick(&mut self) -> u32 {
-        self.time += 1;
-        self.time
+    fn tick(&mut self) -> u64 {
+        self.clock += 1;
+        self.clock
     }
+}
+
+/// Fills `data` with what a write of `stamp` puts to `first_sector` and those that follow.
+pub fn fill(data: &mut [u8], stamp: Stamp, first_sector: usize) {
+    for (index, sector) in data.chunks_exact_mut(SECTOR_BYTES).enumerate() {
+        for (word, bytes) in sector.chunks_exact_mut(8).enumerate() {
+            bytes.copy_from_slice(&content(stamp, first_sector + index, word).to_ne_bytes());
+        }
+    }
+}
+
+/// The first word of `bytes`, read from `sector`, that no write in `possible` puts there.
+fn impossible_word(possible: &[Stamp], sector: usize, bytes: &[u8]) -> Option<usize> {
+    bytes.chunks_exact(8).enumerate().position(|(word, bytes)| {
+        !possible
+            .iter()
+            .any(|&stamp| bytes == content(stamp, sector, word).to_ne_bytes())
+    })
+}
+
+/// One of a sector's 64 words.
+fn content(stamp: Stamp, sector: usize, word: usize) -> u64 {
+    if stamp == ZEROES {
+        return 0;
+    }
+    mix(mix(stamp) ^ ((sector as u64) << 6 | word as u64))
+}
+
+fn describe(stamp: Stamp, sector: usize, word: usize) -> String {
+    if stamp == ZEROES {
+        return "zeroes".to_owned();
+    }
+    let bytes = content(stamp, sector, word).to_ne_bytes();
+    format!("write {stamp} ({bytes:02x?})")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const BYTES: u64 = 64;
-
-    fn disk() -> ModelDisk {
-        ModelDisk::new(BYTES, 16)
+    fn sector(stamp: Stamp, sector: usize) -> Vec<u8> {
+        let mut data = vec![0; SECTOR_BYTES];
+        fill(&mut data, stamp, sector);
+        data
     }
 
-    fn write(disk: &mut ModelDisk, tag: u32, outcome: Outcome) {
-        let write = disk.begin_write(tag, 16, 32);
-        disk.end_write(write, outcome);
-    }
-
-    fn with(tag: u32) -> Vec<u8> {
-        let mut bytes = vec![0; BYTES as usize];
-        bytes[16..48].copy_from_slice(&data(tag, 16, 32));
-        bytes
-    }
-
-    fn reads(disk: &mut ModelDisk, bytes: &[u8]) -> bool {
-        let read = disk.begin_read(0, BYTES);
-        disk.end_read(read, Some(bytes)).is_ok()
+    /// What a read of sector 1, begun and ended now, may return out of `stamps`.
+    fn possible(disk: &mut ModelDisk, stamps: &[Stamp]) -> Vec<Stamp> {
+        let holds = |stamp: &&Stamp| {
+            let read = disk.begin_read(1..2);
+            disk.end_read(read, &sector(**stamp, 1)).is_ok()
+        };
+        stamps.iter().filter(holds).copied().collect()
     }
 
     #[test]
-    fn a_completed_write_is_read_and_nothing_before_it() {
-        let mut disk = disk();
-        write(&mut disk, 1, Outcome::Done);
-        write(&mut disk, 2, Outcome::Done);
-        assert!(reads(&mut disk, &with(2)));
-        assert!(!reads(&mut disk, &with(1)));
-        assert!(!reads(&mut disk, &with(0)));
-        let mut one_byte_off = with(2);
-        one_byte_off[47] ^= 1;
-        assert!(!reads(&mut disk, &one_byte_off));
+    fn a_write_in_flight_may_or_may_not_be_seen_and_once_done_must_be() {
+        let mut disk = ModelDisk::new(4);
+        let write = disk.begin_change(1..3, Change::Write(5));
+        assert_eq!(possible(&mut disk, &[0, 5, 6]), [0, 5]);
+        disk.end_change(write);
+        assert_eq!(possible(&mut disk, &[0, 5, 6]), [5]);
     }
 
     #[test]
-    fn a_failed_write_is_read_or_what_was_there() {
-        let mut disk = disk();
-        write(&mut disk, 1, Outcome::Done);
-        write(&mut disk, 2, Outcome::Failed);
-        assert!(reads(&mut disk, &with(2)));
-        assert!(reads(&mut disk, &with(1)));
-        assert!(!reads(&mut disk, &with(0)));
-        let mut torn = with(1);
-        torn[16..24].copy_from_slice(&with(2)[16..24]);
-        assert!(reads(&mut disk, &torn));
+    fn writes_in_flight_together_may_land_in_either_order() {
+        let mut disk = ModelDisk::new(4);
+        let first = disk.begin_change(1..2, Change::Write(5));
+        let second = disk.begin_change(1..2, Change::Write(6));
+        disk.end_change(second);
+        assert_eq!(possible(&mut disk, &[0, 5, 6]), [5, 6]);
+        disk.end_change(first);
+        assert_eq!(possible(&mut disk, &[0, 5, 6]), [5, 6]);
+        let third = disk.begin_change(1..2, Change::Write(7));
+        disk.end_change(third);
+        assert_eq!(possible(&mut disk, &[0, 5, 6, 7]), [7]);
     }
 
     #[test]
-    fn writes_at_the_same_time_end_in_either_order() {
-        let mut disk = disk();
-        let one = disk.begin_write(1, 16, 32);
-        let two = disk.begin_write(2, 16, 32);
-        disk.end_write(one, Outcome::Done);
-        disk.end_write(two, Outcome::Done);
-        assert!(reads(&mut disk, &with(1)) && reads(&mut disk, &with(2)));
-        assert!(!reads(&mut disk, &with(0)));
-    }
-
-    #[test]
-    fn a_read_may_give_what_was_there_when_it_began() {
-        let mut disk = disk();
-        let read = disk.begin_read(0, BYTES);
-        write(&mut disk, 1, Outcome::Done);
-        write(&mut disk, 2, Outcome::Stable);
-        assert!(disk.end_read(read, Some(&with(0))).is_ok());
-        assert!(!reads(&mut disk, &with(0)));
-    }
-
-    #[test]
-    fn a_power_cut_may_undo_what_was_not_flushed_and_nothing_else() {
-        for (flushed, may_be) in [
-            (Flushed::Done, [false, true, true]),
-            (Flushed::Nothing, [true, true, true]),
-        ] {
-            for (tag, may_be) in may_be.into_iter().enumerate() {
-                let mut disk = disk();
-                write(&mut disk, 1, Outcome::Done);
-                let flush = disk.begin_flush();
-                write(&mut disk, 2, Outcome::Done);
-                disk.end_flush(flush, flushed);
-                let result = disk.power_cut(&with(tag as u32));
-                assert_eq!(result.is_ok(), may_be, "{flushed:?} {tag}");
+    fn a_read_may_return_what_was_overwritten_while_it_was_in_flight() {
+        let mut disk = ModelDisk::new(4);
+        for stamp in [0, 5, 6] {
+            let mut disk = ModelDisk::new(4);
+            let read = disk.begin_read(1..2);
+            for stamp in [5, 6] {
+                let write = disk.begin_change(1..2, Change::Write(stamp));
+                disk.end_change(write);
             }
+            disk.end_read(read, &sector(stamp, 1)).unwrap();
         }
+        let read = disk.begin_read(1..2);
+        disk.end_read(read, &sector(5, 1)).unwrap_err();
     }
 
     #[test]
-    fn after_a_lost_flush_only_writes_since_then_can_be_made_durable() {
-        let mut disk = disk();
-        write(&mut disk, 1, Outcome::Done);
-        let lost = disk.begin_flush();
-        disk.end_flush(lost, Flushed::Lost);
-        let flush = disk.begin_flush();
-        disk.end_flush(flush, Flushed::Done);
-        assert!(disk.power_cut(&with(0)).is_ok());
-
-        let mut disk = self::disk();
-        write(&mut disk, 1, Outcome::Done);
-        let lost = disk.begin_flush();
-        disk.end_flush(lost, Flushed::Lost);
-        write(&mut disk, 2, Outcome::Done);
-        let flush = disk.begin_flush();
-        disk.end_flush(flush, Flushed::Done);
-        assert!(disk.power_cut(&with(0)).is_err());
-        assert!(disk.power_cut(&with(2)).is_ok());
+    fn a_sector_read_while_it_is_written_may_be_half_old_and_half_new() {
+        let mut disk = ModelDisk::new(4);
+        let mut mixture = sector(5, 1);
+        mixture[..SECTOR_BYTES / 2].fill(0);
+        let read = disk.begin_read(1..2);
+        let write = disk.begin_change(1..2, Change::Write(5));
+        disk.end_change(write);
+        disk.end_read(read, &mixture).unwrap();
+        let read = disk.begin_read(1..2);
+        disk.end_read(read, &mixture).unwrap_err();
     }
 
     #[test]
-    fn a_flush_that_overlaps_a_lost_one_and_succeeds_is_held_to_it() {
-        let mut disk = disk();
-        write(&mut disk, 1, Outcome::Done);
-        let (lost, flush) = (disk.begin_flush(), disk.begin_flush());
-        disk.end_flush(lost, Flushed::Lost);
-        disk.end_flush(flush, Flushed::Done);
-        assert!(disk.power_cut(&with(0)).is_err());
+    fn a_discarded_sector_holds_its_old_content_or_zeroes() {
+        let mut disk = ModelDisk::new(4);
+        let write = disk.begin_change(1..2, Change::Write(5));
+        disk.end_change(write);
+        let discard = disk.begin_change(0..4, Change::Discard);
+        disk.end_change(discard);
+        assert_eq!(possible(&mut disk, &[0, 5, 6]), [0, 5]);
+        let zero = disk.begin_change(0..4, Change::Write(ZEROES));
+        disk.end_change(zero);
+        assert_eq!(possible(&mut disk, &[0, 5, 6]), [0]);
     }
 
     #[test]
-    fn a_stable_write_survives_the_power_cut_and_what_it_replaced_does_not() {
-        let mut disk = disk();
-        write(&mut disk, 1, Outcome::Stable);
-        assert!(disk.power_cut(&with(0)).is_err());
-        assert!(disk.power_cut(&with(1)).is_ok());
-        assert!(!reads(&mut disk, &with(0)));
-    }
-
-    #[test]
-    fn a_write_that_a_kill_cut_off_may_be_seen_until_another_completes() {
-        let mut disk = disk();
-        let _cut_off = disk.begin_write(1, 16, 32);
-        disk.killed(false);
-        assert!(reads(&mut disk, &with(1)) && reads(&mut disk, &with(0)));
-        write(&mut disk, 2, Outcome::Done);
-        assert!(!reads(&mut disk, &with(1)));
-        assert!(disk.check_now(&with(2)).is_ok());
-    }
-
-    #[test]
-    fn patterns_of_two_writes_and_of_two_places_differ() {
-        let one = data(1, 0, 4096);
-        let two = data(2, 0, 4096);
-        let equal = one.iter().zip(&two).filter(|(a, b)| a == b).count();
-        assert!(equal < 100, "{equal}");
-        let shifted = one.iter().zip(&one[512..]).filter(|(a, b)| a == b).count();
-        assert!(shifted < 100, "{shifted}");
+    fn content_in_the_wrong_place_is_noticed_and_named() {
+        let mut disk = ModelDisk::new(4);
+        let write = disk.begin_change(0..2, Change::Write(5));
+        disk.end_change(write);
+        let read = disk.begin_read(0..2);
+        let mut data = sector(5, 0);
+        data.extend(sector(5, 0));
+        let error = disk.end_read(read, &data).unwrap_err();
+        assert!(error.starts_with("sector 1 (offset 0x200)"), "{error}");
+        assert!(error.contains("only write 5"), "{error}");
     }
 }

@@ -210,3 +210,24 @@ fn a_lock_on_one_description_is_seen_from_another() {
     drop(one);
     assert!(test(&two, 101).is_ok());
 }
+
+#[test]
+fn a_watched_pipe_whose_writer_is_gone_does_not_keep_the_worker_busy() {
+    for engine in engines() {
+        let (read, write) = rustix::pipe::pipe().unwrap();
+        let watch = engine.watch(Arc::new(read));
+        drop(write);
+        let mut events = Vec::new();
+        for _ in 0..20 {
+            engine.sleeper().falling_asleep();
+            engine.wait(&mut events, Some(Duration::from_millis(1)));
+        }
+        assert!(
+            events.len() <= 3,
+            "{} events from {}",
+            events.len(),
+            engine.name()
+        );
+        engine.unwatch(watch);
+    }
+}

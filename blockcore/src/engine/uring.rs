@@ -277,9 +277,11 @@ impl Uring {
                 let Some(fd) = self.watches.borrow().get(&watch).map(Arc::clone) else {
                     return;
                 };
+                // A descriptor whose other end is gone is ready for ever: it is not asked again.
+                let gone = (libc::POLLHUP | libc::POLLERR | libc::POLLNVAL) as i32;
                 if result >= 0 {
                     events.push(Event::Ready(watch));
-                    if !cqueue::more(flags) {
+                    if !cqueue::more(flags) && result & gone == 0 {
                         self.arm(fd.as_raw_fd(), user_data);
                     }
                 } else {

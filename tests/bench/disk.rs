@@ -1,0 +1,108 @@
+//! The file that all back-ends serve.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use harness::random::Random;
+use rustix::fs::{Advice, fadvise};
+
+use crate::row::{BLOCK_BYTES, Row};
+use crate::shown;
+
+/// A file of our own, removed when dropped.
+pub(crate) struct Disk {
+    file: File,
+    path: PathBuf,
+    bytes: u64,
+    is_cached: bool,
+}
+
+impl Disk {
+    /// Makes the file and writes all of it, so that every row finds its blocks allocated.
+    ///
+    /// # Errors
+    ///
+    /// There is something at `path` already: it is not overwritten. Or it cannot be written.
+    pub(crate) fn create(path: &Path, bytes: u64) -> io::Result<Self> {
+        let explain = |error: io::Error| {
+            io::Error::new(
+                error.kind(),
+                format!("cannot create {}: {error}", shown(path)),
+            )
+        };
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(path)
+            .map_err(explain)?;
+        let disk = Self {
+            file,
+            path: path.canonicalize()?,
+            bytes,
+            is_cached: true,
+        };
+        // Not all equal and not zero: a file system might make something of that.
+        let mut random = Random::new(bytes);
+        let mut chunk = vec![0; 1 << 20];
+        for _ in 0..bytes >> 20 {
+            for word in chunk.chunks_exact_mut(8) {
+                word.copy_from_slice(&random.next_u64().to_ne_bytes());
+            }
+            (&disk.file).write_all(&chunk).map_err(explain)?;
+        }
+        disk.settle()?;
+        Ok(disk)
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// How many blocks of the requests' size there are.
+    pub(crate) fn blocks(&self) -> u64 {
+        self.bytes / BLOCK_BYTES as u64
+    }
+
+    /// Fills or empties the page cache as `row` wants it. Returns `false` if the row cannot be
+    /// run on this file system.
+    pub(crate) fn prepare(&mut self, row: Row) -> io::Result<bool> {
+        if !row.is_direct() {
+            if !self.is_cached {
+                let mut file = File::open(&self.path)?;
+                let mut chunk = vec![0; 1 << 20];
+                while file.read(&mut chunk)? > 0 {}
+                self.is_cached = true;
+            }
+            return Ok(true);
+        }
+        let opened = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_DIRECT)
+            .open(&self.path);
+        if opened.is_err() {
+            return Ok(false);
+        }
+        fadvise(&self.file, 0, None, Advice::DontNeed)?;
+        self.is_cached = false;
+        Ok(true)
+    }
+
+    /// Waits until all that was written is on the disk.
+    pub(crate) fn settle(&self) -> io::Result<()> {
+        self.file.sync_data()?;
+        if !self.is_cached {
+            // Reads past the back-end have left pages, which O_DIRECT writes would have to drop.
+            fadvise(&self.file, 0, None, Advice::DontNeed)?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}

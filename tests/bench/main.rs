@@ -1,0 +1,234 @@
+//! `bench`: what a virtual disk costs, back-end against back-end.
+//!
+//! For each row (operation, depth, queues, way to wait, cache mode) every back-end serves the same
+//! file in turn, several rounds over and each time in another order, to the same client. Medians
+//! and their spread are shown, and ratios that are medians of each round's ratio: the machine's
+//! moods, which last longer than a round, drop out of those.
+//!
+//! Before anything is timed the client writes blocks, reads them back through the back-end and,
+//! past it, from the file, and looks whether the back-end has the file open as the row says.
+
+mod cell;
+mod direct;
+mod disk;
+mod load;
+mod machine;
+mod row;
+mod served;
+mod syscalls;
+mod table;
+
+use std::collections::BTreeMap;
+use std::error::Error;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use cell::{Backend, Cell};
+use clap::Parser;
+use disk::Disk;
+use harness::peer::Aio;
+use load::Measurement;
+use machine::{Activity, Placement};
+use regex::Regex;
+use row::Row;
+
+/// Compare back-ends on the same file: IOPS, latency and CPU time.
+#[derive(Parser)]
+struct Arguments {
+    /// Rows to run, as a regular expression on their names, for example '^read qd32 1q .* cached'
+    #[arg(long, default_value = "")]
+    rows: Regex,
+    /// Back-ends to run
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "stonework,qsd,baseline,direct"
+    )]
+    backends: Vec<Backend>,
+    /// Times that each row is measured on each back-end
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
+    /// Seconds that each measurement takes, after a warm-up of a quarter of that
+    #[arg(long, default_value_t = 0.5)]
+    seconds: f64,
+    /// A file to make and to remove again; its file system is the one that is measured
+    #[arg(long, default_value = "bench.raw")]
+    file: PathBuf,
+    /// Size of that file
+    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u64).range(1..))]
+    mebibytes: u64,
+    /// Print the table as Markdown
+    #[arg(long)]
+    markdown: bool,
+    /// Only show that it works: a few rows, one short round
+    #[arg(long)]
+    quick: bool,
+}
+
+fn main() -> ExitCode {
+    let mut arguments = Arguments::parse();
+    if arguments.quick {
+        arguments.rounds = 1;
+        arguments.seconds = 0.1;
+        arguments.mebibytes = 16;
+    }
+    match run(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
+    let mut rows: Vec<Row> = Row::all()
+        .filter(|row| arguments.rows.is_match(&row.to_string()))
+        .collect();
+    if arguments.quick {
+        rows.retain(|row| row.is_typical());
+    }
+    if rows.is_empty() {
+        return Err(format!(
+            "no row is called '{}'; the rows are:\n{}",
+            arguments.rows,
+            Row::all()
+                .map(|row| format!("  {row}\n"))
+                .collect::<String>()
+        )
+        .into());
+    }
+    let mut backends = arguments.backends.clone();
+    backends.retain(|backend| {
+        let present = backend.is_present();
+        if !present {
+            eprintln!("bench: {backend} is not there; its rows are left out");
+        }
+        present
+    });
+    let mut disk = Disk::create(&arguments.file, arguments.mebibytes << 20)?;
+    let placement = Placement::detect()?;
+    let mut results = BTreeMap::new();
+    let mut outcome = Ok(());
+    let (start, quiet) = (Instant::now(), Activity::now()?);
+    for (index, &row) in rows.iter().enumerate() {
+        eprintln!(
+            "[{}/{}] {row} ({:.0} s so far)",
+            index + 1,
+            rows.len(),
+            start.elapsed().as_secs_f64()
+        );
+        if !disk.prepare(row)? {
+            eprintln!("bench: no O_DIRECT on this file system; {row} is left out");
+            continue;
+        }
+        let seconds = Duration::from_secs_f64(arguments.seconds);
+        let mut bench = Bench {
+            disk: &disk,
+            placement: &placement,
+            row,
+            seconds,
+        };
+        match bench.measure(&backends, arguments.rounds) {
+            Ok(cells) => drop(results.insert(row, cells)),
+            Err(error) => {
+                // Minutes of measurements are worth showing.
+                outcome = Err(error);
+                break;
+            }
+        }
+    }
+    let heading = machine::heading(disk.path(), arguments.mebibytes, &placement, &backends)?;
+    if arguments.markdown {
+        table::print_markdown(&heading, &results);
+    } else {
+        table::print_text(&heading, &results);
+    }
+    println!(
+        "\n{} rounds of {} s each; {:.0} s in all. {}",
+        arguments.rounds,
+        arguments.seconds,
+        start.elapsed().as_secs_f64(),
+        Activity::now()?.describe_since(quiet)
+    );
+    outcome
+}
+
+/// The measurements of one row.
+struct Bench<'a> {
+    disk: &'a Disk,
+    placement: &'a Placement,
+    row: Row,
+    seconds: Duration,
+}
+
+impl Bench<'_> {
+    /// Measures all `backends`, in another order each round.
+    fn measure(&mut self, backends: &[Backend], rounds: u32) -> Result<Vec<Cell>, Box<dyn Error>> {
+        let mut cells = Vec::new();
+        for &backend in backends {
+            let aio = if backend == Backend::Qsd {
+                self.best_aio()?
+            } else {
+                Aio::Threads
+            };
+            cells.push(Cell::new(backend, aio));
+        }
+        for round in 0..rounds as usize {
+            for turn in 0..cells.len() {
+                let index = (round + turn) % cells.len();
+                let cell = &mut cells[index];
+                let measured = self.once(cell.backend, cell.aio, self.seconds)?;
+                cell.rounds.push(measured);
+            }
+        }
+        Ok(cells)
+    }
+
+    /// Which of its ways to do I/O suits `qemu-storage-daemon` best in this row.
+    ///
+    /// Two short measurements of each, in turn, of which the better one counts.
+    fn best_aio(&self) -> Result<Aio, Box<dyn Error>> {
+        let mut candidates = vec![(Aio::Threads, 0.0), (Aio::IoUring, 0.0)];
+        if self.row.is_direct() {
+            candidates.push((Aio::Native, 0.0));
+        }
+        for _ in 0..2 {
+            for (aio, best) in &mut candidates {
+                let measured = self.once(Backend::Qsd, *aio, self.seconds / 2)?;
+                *best = measured.iops.max(*best);
+            }
+        }
+        candidates.sort_by(|(_, one), (_, other)| other.total_cmp(one));
+        Ok(candidates[0].0)
+    }
+
+    fn once(
+        &self,
+        backend: Backend,
+        aio: Aio,
+        seconds: Duration,
+    ) -> Result<Measurement, Box<dyn Error>> {
+        let job = load::Job {
+            row: self.row,
+            file: self.disk.path(),
+            blocks: self.disk.blocks(),
+            seconds,
+        };
+        let measured = match backend.program(aio) {
+            Some(program) => served::measure(program, &job, self.placement),
+            None if backend == Backend::Direct => direct::measure(&job, self.placement),
+            None => syscalls::measure(&job, self.placement),
+        };
+        let measured = measured.map_err(|error| format!("{backend}, {}: {error}", self.row))?;
+        // What has been written is written back now and not while the next one is measured.
+        self.disk.settle()?;
+        Ok(measured)
+    }
+}
+
+/// Where the bench's own file is, for messages.
+fn shown(path: &Path) -> String {
+    format!("'{}'", path.display())
+}
