@@ -94,11 +94,10 @@ impl Export {
             needs,
             shares,
         };
-        let (bytes, limits) = control.read(|graph| {
+        let block_bytes = control.read(|graph| {
             let node = graph.node(&config.node)?;
-            Ok::<_, Error>((node.bytes(), *node.limits()))
+            block_bytes(&config, &node.describe(graph), node.bytes(), node.limits())
         })?;
-        let block_bytes = block_bytes(&config, bytes, &limits)?;
         let claim = control.change(|graph| graph.claim(&config.node, claim))?;
         let plan = control.read(|graph| graph.plan(&config.node, block_bytes))?;
         let queues = usize::from(config.queues);
@@ -311,19 +310,24 @@ impl Export {
 }
 
 /// The block size that the guest is told, if the node can be a disk with it.
-fn block_bytes(config: &ExportConfig, bytes: u64, limits: &Limits) -> Result<u32, Error> {
+fn block_bytes(
+    config: &ExportConfig,
+    node: &str,
+    bytes: u64,
+    limits: &Limits,
+) -> Result<u32, Error> {
     let block = config.block_bytes.unwrap_or(limits.logical_block_bytes);
-    let (id, node) = (&config.id, &config.node);
+    let id = &config.id;
     if block < limits.logical_block_bytes {
         return Err(Error::invalid(format!(
-            "export '{id}' cannot have blocks of {block} bytes: the device below node '{node}' has \
+            "export '{id}' cannot have blocks of {block} bytes: the device below {node} has \
              blocks of {}",
             limits.logical_block_bytes
         )));
     }
     if !bytes.is_multiple_of(u64::from(block)) {
         return Err(Error::invalid(format!(
-            "export '{id}': node '{node}' has {bytes} bytes, which is not a multiple of its block \
+            "export '{id}': {node} has {bytes} bytes, which is not a multiple of its block \
              size ({block} bytes); extend the image to {}, for example with 'truncate -s'",
             bytes.next_multiple_of(u64::from(block))
         )));

@@ -182,7 +182,7 @@ fn more_regions_than_slots_are_refused() {
         let slots = frontend
             .connection
             .ask(code::GET_MAX_MEM_SLOTS, &[])
-            .next_u64();
+            .number();
         assert!(slots <= 1024, "{slots} slots are not worth trying");
         let file = memory_file(4096);
         // The guest's memory has one of them.
@@ -324,8 +324,10 @@ fn what_the_daemon_reads_itself_in_memory_that_was_cut_off_ends_the_connection_o
         ring.kick_if_wanted();
         let fate = fate(&frontend, &ring);
         let status = frontend.memory.read(pending.status, 1)[0];
+        // Who reads zeros in place of what is gone may take them for a request, if that is the
+        // last that it does for this front-end.
         assert!(
-            status != blk::OK,
+            status != blk::OK || frontend.connection.closes_within(LIMIT),
             "{what:?} was cut off, and the request a success ({fate:?})"
         );
         arena.load.goes_on();
@@ -392,13 +394,22 @@ fn removing_the_memory_of_a_running_ring_harms_nobody_else() {
         for number in 0..32 {
             frontend.submit(&mut ring, &Request::read(16 * number, 8192));
         }
+        let (parts, pending) = frontend.place(&Request::read(8, SECTOR));
+        let head = ring.lay_out(&parts);
         let entry = frontend.memory.regions()[0].entry;
         let verdict = frontend
             .connection
             .try_tell(code::REM_MEM_REG, &memory_region(entry), &[]);
         if verdict == Verdict::Accepted {
+            ring.offer(head);
+            ring.publish();
             ring.kick.signal();
             breaks(&frontend, &ring);
+            assert_eq!(
+                frontend.memory.read(pending.status, 1),
+                [blk::UNTOUCHED],
+                "memory was written after it was taken away"
+            );
         }
         arena.load.goes_on();
     }

@@ -279,7 +279,7 @@ fn header_flags_that_make_no_sense_do_not_confuse_what_follows() {
             match answer {
                 Ok(answer) => {
                     assert_eq!(answer.code, code::GET_QUEUE_NUM, "flags {flags:#x}");
-                    assert_eq!(answer.next_u64(), 2);
+                    assert_eq!(answer.number(), 2);
                 }
                 Err(end) => assert_eq!(end, End::Closed, "flags {flags:#x}: no answer"),
             }
@@ -298,9 +298,9 @@ fn a_question_that_wants_an_acknowledgement_is_answered_once() {
             .send(code::GET_QUEUE_NUM, VERSION | NEED_REPLY, &[], &[])
             .expect("it is sent");
         let answer = frontend.connection.receive(LIMIT).expect("an answer");
-        assert_eq!((answer.code, answer.next_u64()), (code::GET_QUEUE_NUM, 2));
+        assert_eq!((answer.code, answer.number()), (code::GET_QUEUE_NUM, 2));
         let answer = frontend.connection.ask(code::GET_FEATURES, &[]);
-        assert_eq!(answer.next_u64() & feature::VERSION_1, feature::VERSION_1);
+        assert_eq!(answer.number() & feature::VERSION_1, feature::VERSION_1);
     }
     arena.verdict();
 }
@@ -321,7 +321,7 @@ fn an_acknowledgement_that_was_not_negotiated_does_not_come() {
             )
             .expect("it is sent");
         let answer = frontend.connection.ask(code::GET_QUEUE_NUM, &[]);
-        assert_eq!(answer.next_u64(), 2);
+        assert_eq!(answer.number(), 2);
     }
     arena.verdict();
 }
@@ -525,7 +525,7 @@ fn what_belongs_to_protocol_features_not_offered_is_refused() {
             Ok(answer) => {
                 assert_eq!(answer.code, code);
                 assert!(
-                    answer.body.len() != 8 || answer.next_u64() != 0,
+                    answer.body.len() != 8 || answer.number() != 0,
                     "message {code} was accepted"
                 );
             }

@@ -255,13 +255,12 @@ fn the_serial_is_padded_with_zeros_to_twenty_bytes() {
 }
 
 #[test]
-fn a_serial_of_twenty_bytes_or_more_fills_all_twenty() {
-    for serial in ["abcdefghijklmnopqrst", "abcdefghijklmnopqrstuvwxyz"] {
-        let disk = Disk::serve(&["--serial", serial]);
-        let mut frontend = disk.connect();
-        let mut ring = frontend.start_queue(0, 16);
-        let outcome = frontend.request(&mut ring, &Request::get_id());
-        assert_eq!((outcome.status, outcome.used_length), (blk::OK, 21));
-        assert_eq!(outcome.data, b"abcdefghijklmnopqrst");
-    }
+fn a_serial_of_twenty_bytes_fills_all_twenty() {
+    let serial = "abcdefghijklmnopqrst";
+    let disk = Disk::serve(&["--serial", serial]);
+    let mut frontend = disk.connect();
+    let mut ring = frontend.start_queue(0, 16);
+    let outcome = frontend.request(&mut ring, &Request::get_id());
+    assert_eq!((outcome.status, outcome.used_length), (blk::OK, 21));
+    assert_eq!(outcome.data, serial.as_bytes());
 }

@@ -20,6 +20,9 @@ use crate::daemon::ControlHandle;
 /// How long a thread waits before it accepts again after the host refused.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
+/// What fits `struct sockaddr_un` besides the terminator.
+const MAX_PATH_BYTES: usize = 107;
+
 /// A socket that front-ends can connect to; removed from its directory when dropped.
 pub struct Socket {
     listener: UnixListener,
@@ -36,6 +39,13 @@ impl Socket {
     /// than a socket; else the host's refusal.
     pub fn bind(path: &Path) -> Result<Self, Error> {
         let shown = path.display();
+        let bytes = path.as_os_str().len();
+        if bytes > MAX_PATH_BYTES {
+            return Err(Error::invalid(format!(
+                "cannot listen at socket '{shown}': its path is too long ({bytes} bytes; a socket's \
+                 has at most {MAX_PATH_BYTES})"
+            )));
+        }
         let failed = |error: std::io::Error| {
             let errno = rustix::io::Errno::from_io_error(&error);
             match errno {
@@ -78,7 +88,7 @@ fn remove_stale(path: &Path) -> Result<(), Error> {
         Err(error) if error.kind() == IoErrorKind::ConnectionRefused => {}
         _ => {
             return Err(Error::busy(format!(
-                "cannot listen at socket '{shown}': another process listens there"
+                "socket '{shown}' is in use: another process listens there"
             )));
         }
     }

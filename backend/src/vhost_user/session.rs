@@ -293,10 +293,16 @@ impl Session {
             Ok(memory) => memory,
             Err(error) => return self.refuse(error.to_string()),
         };
+        let ran: Vec<_> = self.vrings.iter().map(|vring| vring.running).collect();
         self.with_rings_stopped(|session| {
             session.regions = regions;
             session.memory = memory;
-        })
+        })?;
+        let lost = |(ran, vring): (&bool, &Vring)| *ran && !vring.running;
+        match ran.iter().zip(&self.vrings).position(lost) {
+            Some(index) => self.refuse(format!("queue {index} runs in memory that was taken away")),
+            None => Ok(()),
+        }
     }
 
     fn map(&mut self, region: &VhostUserMemoryRegion, file: File) -> Result<Arc<Region>> {
@@ -312,6 +318,13 @@ impl Session {
             return Ok(None);
         };
         let fd = OwnedFd::from(file);
+        // Holding the front-end's own end of the connection would hide that it goes away.
+        let socket = rustix::fs::fstat(&fd)
+            .map(|stat| rustix::fs::FileType::from_raw_mode(stat.st_mode))
+            .is_ok_and(|kind| kind == rustix::fs::FileType::Socket);
+        if socket {
+            return self.refuse("a socket cannot be kicked or called by");
+        }
         let set = fcntl_getfl(&fd).and_then(|flags| fcntl_setfl(&fd, flags | OFlags::NONBLOCK));
         match set {
             Ok(()) => Ok(Some(fd)),

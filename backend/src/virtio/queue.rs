@@ -262,7 +262,8 @@ impl Ring {
         let mut index = u32::from(head);
         let mut indirect = false;
         let mut writing = false;
-        for _ in 0..=self.max_chain {
+        let mut left = self.max_chain;
+        loop {
             if index >= entries {
                 return Err(match indirect {
                     true => RingError::BadIndirect(head),
@@ -288,6 +289,7 @@ impl Ring {
                 indirect = true;
                 continue;
             }
+            left = left.checked_sub(1).ok_or(RingError::EndlessChain(head))?;
             if descriptor.is_write_only() {
                 writing = true;
             } else if writing {
@@ -299,7 +301,6 @@ impl Ring {
             }
             index = u32::from(descriptor.next());
         }
-        Err(RingError::EndlessChain(head))
     }
 
     fn add(&self, chain: &mut Chain, descriptor: &Descriptor) {

@@ -129,6 +129,18 @@ impl Node {
         self.io.bytes()
     }
 
+    /// What to call it in a message: its name and, where there is one, its file.
+    pub fn describe(&self, graph: &Graph) -> String {
+        let mut node = self;
+        while let Some(child) = node.children.first().and_then(|name| graph.node(name).ok()) {
+            node = child;
+        }
+        match node.io.files().first() {
+            Some(file) => format!("node '{}' ('{}')", self.name, file.path().display()),
+            None => format!("node '{}'", self.name),
+        }
+    }
+
     /// Its limits.
     pub fn limits(&self) -> &Limits {
         &self.limits

@@ -9,6 +9,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use blockcore::engine::{Errno, HostCall, OpenFile};
 use blockcore::graph::permission::Permissions;
@@ -20,7 +21,15 @@ const USED: u64 = 100;
 /// Byte of the first permission that is not shared.
 const UNSHARED: u64 = 200;
 
+/// How long to wait for locks whose holder cannot be found.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How often to look again.
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
+
 /// Takes the locks for `needs` and `shares`; on failure `file` must be closed, which drops them.
+///
+/// A process that was killed keeps its locks until the last of its I/O has landed. So a lock that no
+/// living process holds is waited for.
 ///
 /// # Errors
 ///
@@ -32,6 +41,33 @@ pub(super) async fn take(
     needs: Permissions,
     shares: Permissions,
 ) -> Result<(), Error> {
+    let until = context.engine().now() + PATIENCE;
+    let mut reported = false;
+    loop {
+        let byte = match try_take(context, file, needs, shares).await {
+            Ok(()) => return Ok(()),
+            Err((Errno::AGAIN, byte)) => byte,
+            Err((error, _)) => return Err(refused(file.path(), error)),
+        };
+        let holders = holders(file.path(), byte);
+        if !holders.is_empty() || context.engine().now() >= until {
+            return Err(held(file.path(), byte, &holders));
+        }
+        if !std::mem::replace(&mut reported, true) {
+            let path = file.path().display();
+            tracing::info!(%path, "waiting for the image's lock: no living process holds it");
+        }
+        context.delay(LOOK_AGAIN).await;
+    }
+}
+
+/// One try; the error says which byte was not to be had.
+async fn try_take(
+    context: &IoContext,
+    file: &Arc<OpenFile>,
+    needs: Permissions,
+    shares: Permissions,
+) -> Result<(), (Errno, u64)> {
     let bits = |set: Permissions| (0..8_u64).filter(move |bit| set.bits() & (1 << bit) != 0);
     let unshared = Permissions::all() - shares;
     let mine = bits(needs)
@@ -39,20 +75,14 @@ pub(super) async fn take(
         .chain(bits(unshared).map(|bit| UNSHARED + bit));
     for byte in mine {
         let call = HostCall::LockShared(Arc::clone(file), byte);
-        context.host(call).await.map_err(|error| match error {
-            Errno::AGAIN => held(file.path(), byte),
-            error => refused(file.path(), error),
-        })?;
+        context.host(call).await.map_err(|error| (error, byte))?;
     }
     let others = bits(needs)
         .map(|bit| UNSHARED + bit)
         .chain(bits(unshared).map(|bit| USED + bit));
     for byte in others {
         let call = HostCall::TestLock(Arc::clone(file), byte);
-        context.host(call).await.map_err(|error| match error {
-            Errno::AGAIN => held(file.path(), byte),
-            error => refused(file.path(), error),
-        })?;
+        context.host(call).await.map_err(|error| (error, byte))?;
     }
     Ok(())
 }
@@ -67,19 +97,22 @@ fn refused(path: &Path, error: Errno) -> Error {
     )
 }
 
-fn held(path: &Path, byte: u64) -> Error {
+fn held(path: &Path, byte: u64, holders: &[String]) -> Error {
     let (bit, what) = match byte.checked_sub(UNSHARED) {
         Some(bit) => (bit, "does not share"),
         None => (byte - USED, "uses"),
     };
     let permission = Permissions::from_bits_truncate(1 << bit).names();
-    let who = match holders(path, byte).as_slice() {
-        [] => "another process".to_owned(),
+    let who = match holders {
+        [] => "somebody else, whom this host does not show,".to_owned(),
         holders => holders.join(" and "),
     };
     Error::new(
         ErrorKind::Busy,
-        format!("'{}' is in use: {who} {what} {permission}", path.display()),
+        format!(
+            "cannot lock '{}', which is in use: {who} {what} permission {permission}",
+            path.display()
+        ),
     )
 }
 

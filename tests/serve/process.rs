@@ -1,0 +1,169 @@
+//! How it begins and ends, and the options that change how it works.
+
+use std::fs;
+
+use harness::daemon::{Daemon, Place, eventually, run, stonework};
+use harness::frontend::blk::{self, Request};
+use harness::frontend::{Frontend, LIMIT};
+use rustix::process::Signal;
+
+use crate::{MIB, SECTOR, serves, text};
+
+#[test]
+fn help_names_every_option_and_ends_well() {
+    let help = run(stonework(["serve", "--help"]));
+    assert_eq!(help.code, Some(0), "{help:?}");
+    for option in [
+        "--socket",
+        "--format",
+        "--read-only",
+        "--cache",
+        "--queues",
+        "--workers",
+        "--cpus",
+        "--poll-max-us",
+        "--engine",
+        "--serial",
+        "--block-size",
+        "--create",
+    ] {
+        assert!(help.output.contains(option), "{option}: {}", help.output);
+    }
+    let help = run(stonework(["--help"]));
+    assert_eq!(help.code, Some(0), "{help:?}");
+    assert!(help.output.contains("serve"), "{}", help.output);
+}
+
+#[test]
+fn it_says_what_it_serves_and_how_to_attach_it() {
+    let place = Place::new();
+    let disk = place.sparse("disk.raw", MIB);
+    let socket = place.join("vm.sock");
+    let daemon = Daemon::serve(&disk, &socket, &[]);
+    eventually("it has said all", || {
+        let said = daemon.output();
+        said.contains(text(&disk))
+            && said.contains(text(&socket))
+            && said.contains("vhost-user-blk-pci")
+            && said.contains("vhost_user=")
+    });
+    daemon.stop();
+}
+
+#[test]
+fn each_signal_to_end_ends_it_well_and_takes_the_socket_away() {
+    for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
+        let place = Place::new();
+        let disk = place.sparse("disk.raw", MIB);
+        let socket = place.join("vm.sock");
+        let mut daemon = Daemon::serve(&disk, &socket, &[]);
+        serves(&socket);
+        daemon.signal(signal);
+        let status = daemon.wait();
+        assert!(status.success(), "{signal:?}: {status}");
+        assert!(!socket.exists(), "{signal:?}: the socket is still there");
+    }
+}
+
+#[test]
+fn ending_with_a_front_end_and_requests_in_flight_loses_nothing_completed() {
+    let place = Place::new();
+    let disk = place.sparse("disk.raw", 64 * MIB);
+    let socket = place.join("vm.sock");
+    let mut daemon = Daemon::serve(&disk, &socket, &[]);
+    let mut frontend = Frontend::connect(&socket);
+    let mut ring = frontend.start_queue(0, 256);
+    let data = vec![0x5e; 128 * SECTOR];
+    let pending: Vec<_> = (0..64)
+        .map(|number| frontend.submit(&mut ring, &Request::write(128 * number, &data)))
+        .collect();
+    daemon.signal(Signal::TERM);
+    let status = daemon.wait();
+    assert!(status.success(), "{status}");
+    assert!(frontend.connection.closes_within(LIMIT));
+
+    let bytes = fs::read(&disk).expect("the image can be read");
+    while let Some(used) = ring.try_pop() {
+        let number = pending
+            .iter()
+            .position(|pending| u32::from(pending.head) == used.head)
+            .expect("it was in flight");
+        assert_eq!(frontend.outcome(&pending[number], used).status, blk::OK);
+        let at = number * data.len();
+        assert!(bytes[at..at + data.len()] == data, "request {number}");
+    }
+}
+
+#[test]
+fn completed_writes_survive_the_process() {
+    let place = Place::new();
+    let disk = place.sparse("disk.raw", MIB);
+    let socket = place.join("vm.sock");
+    let daemon = Daemon::serve(&disk, &socket, &[]);
+    {
+        let mut frontend = Frontend::connect(&socket);
+        let mut ring = frontend.start_queue(0, 64);
+        frontend.write(&mut ring, 7, &[0x99; SECTOR]);
+    }
+    daemon.kill();
+    assert!(fs::read(&disk).expect("the image is there")[7 * SECTOR..][..SECTOR] == [0x99; SECTOR]);
+    // The socket of the killed one is in the way, and is replaced.
+    assert!(socket.exists());
+    let daemon = Daemon::serve(&disk, &socket, &[]);
+    serves(&socket);
+    daemon.stop();
+}
+
+#[test]
+fn every_engine_and_number_of_workers_serves() {
+    for options in [
+        &["--engine", "threads"][..],
+        &["--engine", "io_uring"],
+        &["--engine", "auto"],
+        &["--workers", "1"],
+        &["--workers", "4", "--queues", "2"],
+        &["--cpus", "0"],
+        &["--cpus", "0-1", "--workers", "2"],
+        &["--poll-max-us", "0"],
+        &["--poll-max-us", "100"],
+        &["--engine", "threads", "--cache", "none"],
+        &["--engine", "threads", "--cache", "writethrough"],
+        &[
+            "--engine",
+            "threads",
+            "--workers",
+            "2",
+            "--poll-max-us",
+            "0",
+        ],
+    ] {
+        let place = Place::new();
+        let disk = place.sparse("disk.raw", 16 * MIB);
+        let socket = place.join("vm.sock");
+        let daemon = Daemon::serve(&disk, &socket, options);
+        {
+            let mut frontend = Frontend::connect(&socket);
+            let mut rings = [frontend.start_queue(0, 64), frontend.start_queue(1, 64)];
+            for turn in 0..20_u64 {
+                for ring in &mut rings {
+                    let sector = 16 * turn + 8 * u64::from(ring.queue);
+                    let data = [turn as u8 + 1; 8 * SECTOR];
+                    frontend.write(ring, sector, &data);
+                    assert!(
+                        frontend.read(ring, sector, 8 * SECTOR) == data,
+                        "{options:?}"
+                    );
+                }
+            }
+            let ring = &mut rings[0];
+            frontend.succeed(ring, &Request::flush());
+            let range = [blk::segment(0, 8, 0)];
+            frontend.succeed(ring, &Request::discard(&range));
+            frontend.succeed(ring, &Request::write_zeroes(&range));
+            assert!(frontend.read(ring, 0, 8 * SECTOR) == [0; 8 * SECTOR]);
+            let beyond = Request::read(32 << 10, SECTOR);
+            assert_eq!(frontend.status(ring, &beyond), blk::IOERR, "{options:?}");
+        }
+        daemon.stop();
+    }
+}
