@@ -68,6 +68,16 @@ impl Executor {
         any
     }
 
+    /// Drops the tasks that wait to run instead of running them, and those that this wakes: what
+    /// becomes of tasks whose worker is gone.
+    pub fn abandon(&self) {
+        let mut batch = Vec::new();
+        while !self.is_idle() {
+            self.runnable.take(&mut batch);
+            batch.clear();
+        }
+    }
+
     /// Whether no task waits to run; the owner's last look before it sleeps.
     pub fn is_idle(&self) -> bool {
         self.runnable.is_empty()
@@ -91,5 +101,35 @@ impl Alive {
 impl Drop for Alive {
     fn drop(&mut self) {
         self.0.set(self.0.get() - 1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mailbox::Wake;
+
+    struct Nobody;
+
+    impl Wake for Nobody {
+        fn wake(&self) {}
+    }
+
+    #[test]
+    fn abandoned_tasks_are_dropped_with_those_that_waited_for_them() {
+        let executor = Executor::new(Sleeper::new(Box::new(Nobody)));
+        let (promise, wait) = futures_channel::oneshot::channel::<()>();
+        executor.spawn(async move {
+            let _ = wait.await;
+            panic!("an abandoned task ran");
+        });
+        assert!(executor.run());
+        executor.spawn(async move {
+            std::future::pending::<()>().await;
+            drop(promise);
+        });
+        assert_eq!(executor.tasks(), 2);
+        executor.abandon();
+        assert_eq!(executor.tasks(), 0);
     }
 }

@@ -4,6 +4,7 @@ pub mod daemon;
 pub mod driver;
 pub mod frontend;
 pub mod guest;
+pub mod history;
 pub mod libblkio;
 pub mod load;
 pub mod model;

@@ -16,6 +16,7 @@
 mod clock;
 mod host;
 mod pool;
+pub mod sim;
 pub mod threads;
 pub mod uring;
 
@@ -67,8 +68,8 @@ pub trait Engine {
     fn poll(&self, events: &mut Vec<Event>);
 
     /// As [`poll`](Self::poll), and sleeps until there is something, `timeout` is over (if given) or
-    /// the engine's [`Sleeper`] is woken. Call only between [`Sleeper::falling_asleep`] and
-    /// [`Sleeper::awake`].
+    /// the engine's [`Sleeper`] is woken. Call only after [`Sleeper::falling_asleep`]; the return from
+    /// the sleep is [`Sleeper::awake`].
     fn wait(&self, events: &mut Vec<Event>, timeout: Option<Duration>);
 
     /// Whether operations are under way.
@@ -79,6 +80,12 @@ pub trait Engine {
 
     /// What wakes this engine from [`wait`](Self::wait).
     fn sleeper(&self) -> &Arc<Sleeper>;
+
+    /// Whether a task that stands at a [preemption point](preempt) should let others run. Only a
+    /// simulated engine ever says so.
+    fn preempts(&self) -> bool {
+        false
+    }
 
     /// The name by which an operator chooses this engine.
     fn name(&self) -> &'static str;
@@ -109,6 +116,8 @@ pub struct OpenFile {
 pub(crate) enum FileKind {
     /// The operating system.
     Host(OwnedFd),
+    /// A simulation.
+    Simulated(sim::Token),
 }
 
 impl OpenFile {
@@ -140,6 +149,7 @@ impl OpenFile {
     pub(crate) fn fd(&self) -> Option<BorrowedFd<'_>> {
         match &self.kind {
             FileKind::Host(fd) => Some(fd.as_fd()),
+            FileKind::Simulated(_) => None,
         }
     }
 
@@ -336,6 +346,23 @@ impl Future for OpFuture {
         };
         Poll::Ready((result, self.0.segments.take()))
     }
+}
+
+/// A preemption point: a place between two steps of a task where, in a simulation, others may run
+/// first. Elsewhere it is ready at once.
+pub async fn preempt(engine: &dyn Engine) {
+    if !engine.preempts() {
+        return;
+    }
+    let mut yielded = false;
+    std::future::poll_fn(|cx| {
+        if std::mem::replace(&mut yielded, true) {
+            return Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
 }
 
 /// How a file is to be opened.

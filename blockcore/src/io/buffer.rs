@@ -71,6 +71,17 @@ impl Segments {
         segments
     }
 
+    /// The memory of all `parts`, one after the other.
+    pub fn join(parts: Vec<Self>) -> Self {
+        let mut joined = Self::default();
+        for part in &parts {
+            joined.list.extend_from_slice(&part.list);
+            joined.bytes += part.bytes;
+        }
+        joined.owner = Some(Rc::new(parts));
+        joined
+    }
+
     /// Adds the `bytes` bytes at `base` to the end. Zero bytes add nothing.
     ///
     /// # Safety
@@ -365,6 +376,17 @@ mod tests {
         assert!(memory.is_aligned(4096));
         assert!(!memory.slice(0, 100).is_aligned(512));
         assert!(memory.slice(512, 1024).is_aligned(512));
+    }
+
+    #[test]
+    fn joined_parts_are_one_list_that_keeps_their_memory() {
+        let parts = [(0, 5), (100, 3)];
+        let whole = Segments::allocate(128, 1);
+        let joined = Segments::join(parts.map(|(at, bytes)| whole.slice(at, bytes)).to_vec());
+        drop(whole);
+        joined.copy_from(b"together");
+        assert_eq!((joined.bytes(), joined.list().len()), (8, 2));
+        assert_eq!(joined.to_vec(), b"together");
     }
 
     #[test]

@@ -106,13 +106,19 @@ impl IoContext {
             (Some(one), Some(other)) => Some(one.min(other)),
             (one, other) => one.or(other),
         };
+        // Wakes the sleeper: a simulated wait goes on after it has returned.
         self.engine.wait(events, limit);
-        sleeper.awake();
     }
 
     /// When the next timer fires, on the engine's clock.
     pub fn next_timer(&self) -> Option<Duration> {
         self.timers.borrow().keys().next().map(|(end, _)| *end)
+    }
+
+    /// Drops the tasks whose wake-up nobody will see any more, when the worker is gone.
+    pub fn abandon(&self) {
+        drop(self.timers.take());
+        self.executor.abandon();
     }
 
     /// Whether a task waits to run.

@@ -10,6 +10,7 @@
 
 mod create;
 mod lock;
+mod sync;
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -32,6 +33,7 @@ use futures_util::FutureExt;
 use futures_util::future::LocalBoxFuture;
 
 pub use self::create::CREATE_OPTIONS;
+use self::sync::SyncGroup;
 
 /// Driver `file`, as registered.
 pub static FILE: DriverType = DriverType {
@@ -93,6 +95,7 @@ struct FileIo {
     device: bool,
     direct: bool,
     request_alignment: u64,
+    syncs: SyncGroup,
     /// Cleared when the host says that it cannot, so that it is asked once.
     can_zero_range: AtomicBool,
     can_punch: AtomicBool,
@@ -147,6 +150,7 @@ async fn open(request: OpenRequest, kind: Kind) -> Result<Opened, Error> {
         device: metadata.file_type == FileType::BlockDevice,
         direct: modes.direct,
         request_alignment: u64::from(limits.request_alignment),
+        syncs: SyncGroup::default(),
         can_zero_range: AtomicBool::new(true),
         can_punch: AtomicBool::new(true),
         files: [file],
@@ -196,7 +200,12 @@ async fn open_file(
 
 async fn metadata(context: &IoContext, file: &Arc<OpenFile>) -> Result<Metadata, Error> {
     match context.host(HostCall::Metadata(Arc::clone(file))).await {
-        Ok(HostReply::Metadata(metadata)) => Ok(*metadata),
+        Ok(HostReply::Metadata(mut metadata)) => {
+            // Part of an aligned transfer, as after a short one, must have aligned memory too.
+            let unit = metadata.direct_alignment.max(metadata.memory_alignment);
+            metadata.direct_alignment = unit;
+            Ok(*metadata)
+        }
         Ok(reply) => unreachable!("a stat answered with {reply:?}"),
         Err(error) => Err(Error::host(
             format!("cannot examine '{}'", file.path().display()),
@@ -266,6 +275,40 @@ impl FileIo {
         }
     }
 
+    /// Asks the host for one sync; [`SyncGroup`] sees to it that there is one at a time.
+    ///
+    /// # Cancellation
+    ///
+    /// The host goes on, and its answer is taken for a failure: it may be one.
+    async fn sync(&self, io: Io<'_>) -> Result<(), IoError> {
+        let file = self.file();
+        if file.flush_lost() {
+            return Err(IoError::FlushLost);
+        }
+        let mut unheard = Unheard((!self.direct).then_some(file));
+        let result = io.context().op(Op::Sync { file: file.id() }).await.0;
+        let Err(error) = result else {
+            unheard.0 = None;
+            return Ok(());
+        };
+        let path = file.path().display();
+        tracing::error!(%path, %error, "flush failed");
+        if self.direct {
+            return Err(error.into());
+        }
+        Err(IoError::FlushLost)
+    }
+
+    /// Whether the file has nothing from `offset` on, as the host sees it now.
+    async fn ends_by(&self, io: Io<'_>, offset: u64) -> Result<bool, IoError> {
+        let call = HostCall::Metadata(Arc::clone(self.file()));
+        match io.context().host(call).await {
+            Ok(HostReply::Metadata(metadata)) => Ok(offset >= metadata.bytes),
+            Ok(reply) => unreachable!("a stat answered with {reply:?}"),
+            Err(error) => Err(error.into()),
+        }
+    }
+
     async fn range(
         &self,
         io: Io<'_>,
@@ -322,6 +365,17 @@ impl FileIo {
     }
 }
 
+/// A file whose sync has not been heard to succeed: dropping this makes every later flush fail.
+struct Unheard<'a>(Option<&'a Arc<OpenFile>>);
+
+impl Drop for Unheard<'_> {
+    fn drop(&mut self) {
+        if let Some(file) = self.0 {
+            file.set_flush_lost();
+        }
+    }
+}
+
 /// How long a host that puts a request off is asked again.
 #[derive(Default)]
 struct Patience {
@@ -374,12 +428,17 @@ impl DriverIo for FileIo {
                     Ok(moved) => {
                         let progress = self.progress(moved);
                         done += progress;
-                        if moved == 0 || (progress == 0 && moved < bytes - done) {
+                        if progress > 0 {
+                            continue;
+                        }
+                        if moved == 0 || self.ends_by(io, offset + done + moved).await? {
                             // Somebody cut the file short under us: what is not there is zero.
                             let rest = into.slice(done + moved, bytes - done - moved);
                             rest.fill(0);
                             return Ok(());
                         }
+                        // Less than direct I/O could go on from: once more from the same place.
+                        patience.again(io, Errno::AGAIN).await?;
                     }
                     Err(error) => patience.again(io, error).await?,
                 }
@@ -402,9 +461,13 @@ impl DriverIo for FileIo {
                 match io.context().op(op).await.0 {
                     Ok(moved) => {
                         let progress = self.progress(moved);
-                        if progress == 0 {
+                        if moved == 0 {
                             // The host takes no more and does not say why: a full disk, as a rule.
                             return Err(IoError::NoSpace);
+                        }
+                        if progress == 0 {
+                            // Less than direct I/O could go on from: once more from the same place.
+                            patience.again(io, Errno::AGAIN).await?;
                         }
                         done += progress;
                     }
@@ -445,24 +508,6 @@ impl DriverIo for FileIo {
     }
 
     fn flush<'a>(&'a self, io: Io<'a>) -> IoFuture<'a> {
-        async move {
-            let file = self.file();
-            if file.flush_lost() {
-                return Err(IoError::FlushLost);
-            }
-            match io.context().op(Op::Sync { file: file.id() }).await.0 {
-                Ok(_) => Ok(()),
-                Err(error) => {
-                    let path = file.path().display();
-                    tracing::error!(%path, %error, "flush failed");
-                    if self.direct {
-                        return Err(error.into());
-                    }
-                    file.set_flush_lost();
-                    Err(IoError::FlushLost)
-                }
-            }
-        }
-        .boxed_local()
+        self.syncs.join(self.sync(io)).boxed_local()
     }
 }
