@@ -7,11 +7,6 @@
 //! `STONEWORK_SEED=n` replays one seed and says what it was. `STONEWORK_SEEDS=n` tries so many,
 //! `STONEWORK_SECONDS=n` as many as fit in that time; both begin at `STONEWORK_SEED` if it is given.
 
-#![allow(
-    clippy::disallowed_methods,
-    reason = "the budget of the whole test is wall-clock time; the simulation never sees it"
-)]
-
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::fmt::Write as _;

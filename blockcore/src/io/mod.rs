@@ -19,7 +19,6 @@
 pub mod align;
 pub mod buffer;
 mod context;
-mod flush;
 pub mod tracked;
 
 use std::cell::Cell;
@@ -30,7 +29,6 @@ use futures_util::future::LocalBoxFuture;
 
 use self::buffer::Segments;
 pub use self::context::IoContext;
-use self::flush::FlushGroup;
 use self::tracked::Tracker;
 use crate::IoError;
 use crate::driver::{DriverIo, Limits, Mapping, WriteFlags, ZeroFlags};
@@ -136,7 +134,6 @@ impl Plan {
 pub struct Root {
     context: Rc<IoContext>,
     plan: Arc<Plan>,
-    flushes: FlushGroup,
     fast_path: Cell<bool>,
 }
 
@@ -151,7 +148,6 @@ impl Root {
         Rc::new(Self {
             context,
             plan,
-            flushes: FlushGroup::default(),
             fast_path: Cell::new(true),
         })
     }
@@ -236,7 +232,7 @@ impl Root {
     }
 
     /// Writes `from.bytes()` bytes at `offset`. With [`WriteFlags::STABLE`] it is durable when it
-    /// completes; one sync serves all such writes that wait.
+    /// completes; the leaf lets one sync serve all such writes that wait.
     ///
     /// # Errors
     ///
@@ -290,7 +286,7 @@ impl Root {
     ///
     /// [`IoError::FlushLost`] from the first failure on.
     pub async fn flush(self: &Rc<Self>) -> Result<(), IoError> {
-        FlushGroup::join(self).await
+        self.io().flush().await
     }
 
     async fn stabilise(self: &Rc<Self>, flags: WriteFlags) -> Result<(), IoError> {
