@@ -284,6 +284,23 @@ pub(super) fn write(fd: BorrowedFd<'_>, offset: u64, segments: &[Segment]) -> Op
     })
 }
 
+/// As [`write`], but gives `EAGAIN` instead of waiting, and `EOPNOTSUPP` where the file system cannot
+/// tell.
+pub(super) fn write_cached(fd: BorrowedFd<'_>, offset: u64, segments: &[Segment]) -> OpResult {
+    let (list, count) = segments_for_kernel(segments);
+    // SAFETY: as in `read`.
+    let result = unsafe {
+        libc::pwritev2(
+            fd.as_raw_fd(),
+            list,
+            count,
+            offset as libc::off_t,
+            libc::RWF_NOWAIT,
+        )
+    };
+    u64::try_from(result).map_err(|_| errno())
+}
+
 /// Makes completed writes durable.
 pub(super) fn sync(fd: BorrowedFd<'_>) -> OpResult {
     // Never retried by itself: an interrupted sync tells nothing of what it covered.

@@ -15,6 +15,7 @@
 
 mod clock;
 mod host;
+mod inline;
 mod pool;
 pub mod sim;
 pub mod threads;
@@ -107,6 +108,7 @@ pub struct OpenFile {
     id: FileId,
     kind: FileKind,
     path: PathBuf,
+    write_ways: inline::WriteWays,
     flush_lost: AtomicBool,
     syncs: AtomicU64,
 }
@@ -122,8 +124,14 @@ pub(crate) enum FileKind {
 
 impl OpenFile {
     pub(crate) fn new(kind: FileKind, path: PathBuf) -> Arc<Self> {
+        let buffered = match &kind {
+            FileKind::Host(fd) => rustix::fs::fcntl_getfl(fd)
+                .is_ok_and(|flags| !flags.contains(rustix::fs::OFlags::DIRECT)),
+            FileKind::Simulated(_) => false,
+        };
         Arc::new(Self {
             id: file_ids::next(),
+            write_ways: inline::WriteWays::new(buffered),
             kind,
             path,
             flush_lost: AtomicBool::new(false),

@@ -25,6 +25,7 @@ use std::time::Duration;
 use futures_util::future::LocalBoxFuture;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
+use super::inline::Guard;
 use super::threads::{Files, WakeFd, host_on_pool};
 use super::{
     Engine, Errno, Event, FileId, HostCall, HostReply, Notify, Op, OpResult, OpenFile, WatchId,
@@ -61,8 +62,9 @@ pub struct Uring {
     in_flight: Cell<usize>,
     fixed_files: bool,
     queued: Cell<bool>,
-    /// Completions of operations that failed before they reached the kernel.
-    failed: RefCell<Vec<Event>>,
+    /// Completions of operations that never reached the ring.
+    early: RefCell<Vec<Event>>,
+    inline: Guard,
 }
 
 #[derive(Default)]
@@ -120,7 +122,8 @@ impl Uring {
             in_flight: Cell::new(0),
             fixed_files,
             queued: Cell::new(false),
-            failed: RefCell::default(),
+            early: RefCell::default(),
+            inline: Guard::default(),
         };
         engine.arm(engine.wake.as_raw_fd(), TAG_WAKE << TAG_SHIFT);
         Ok(engine)
@@ -225,7 +228,7 @@ impl Uring {
 
     /// Takes completions out of the ring.
     fn reap(&self, events: &mut Vec<Event>) {
-        events.append(&mut self.failed.borrow_mut());
+        events.append(&mut self.early.borrow_mut());
         loop {
             // A batch on the stack: delivering may start operations, which use the ring.
             let mut batch: [Option<(u64, i32, u32)>; 32] = [None; 32];
@@ -297,7 +300,7 @@ impl Uring {
     }
 
     fn has_completions(&self) -> bool {
-        !self.failed.borrow().is_empty() || !self.ring.borrow_mut().completion().is_empty()
+        !self.early.borrow().is_empty() || !self.ring.borrow_mut().completion().is_empty()
     }
 }
 
@@ -357,13 +360,25 @@ impl Engine for Uring {
         let Some(file) = files.get(file_id) else {
             drop(files);
             let segments = segments_of(op);
-            let mut failed = self.failed.borrow_mut();
-            return notify.deliver(Err(Errno::BADF), segments, &mut failed);
+            let mut early = self.early.borrow_mut();
+            return notify.deliver(Err(Errno::BADF), segments, &mut early);
         };
-        if matches!(op, Op::Sync { .. }) {
-            file.count_sync();
-        }
         let mut op = op;
+        match &mut op {
+            Op::Sync { .. } => file.count_sync(),
+            Op::Write {
+                offset, segments, ..
+            } => {
+                let done = file
+                    .fd()
+                    .and_then(|fd| self.inline.write(&file.write_ways, fd, *offset, segments));
+                if let Some(result) = done {
+                    let mut early = self.early.borrow_mut();
+                    return notify.deliver(result, std::mem::take(segments), &mut early);
+                }
+            }
+            Op::Read { .. } | Op::Allocate { .. } => {}
+        }
         let entry = {
             let mut slots = self.slots.borrow_mut();
             let index = slots.free.pop().unwrap_or_else(|| {
@@ -421,7 +436,7 @@ impl Engine for Uring {
     }
 
     fn in_flight(&self) -> usize {
-        self.in_flight.get() + self.failed.borrow().len()
+        self.in_flight.get() + self.early.borrow().len()
     }
 
     fn now(&self) -> Duration {
