@@ -31,8 +31,8 @@ impl Default for ProcessConfig {
     }
 }
 
-/// The default for [`ProcessConfig::poll_max`]: what QEMU's iothreads poll.
-pub const DEFAULT_POLL: Duration = Duration::from_micros(32);
+/// The default for [`ProcessConfig::poll_max`]: a little more than a request to a fast disk takes.
+pub const DEFAULT_POLL: Duration = Duration::from_micros(64);
 
 /// Most virtqueues that an export may have.
 pub const MAX_QUEUES: u16 = 256;

@@ -26,7 +26,7 @@ use crate::export::{Export, WorkerMailbox};
 use crate::signals::Signals;
 use crate::vhost_user::listener::{Server, Socket};
 use crate::vhost_user::session::BackendChannel;
-use crate::worker::{Command, DeviceId, Polling, Worker};
+use crate::worker::{Command, DeviceId, Worker};
 
 /// How often the end of a connection thread is looked for while stopping.
 const STOP_LOOK: Duration = Duration::from_millis(2);
@@ -393,9 +393,7 @@ impl Daemon {
 #[expect(clippy::disallowed_methods, reason = "workers are real threads here")]
 fn start_worker(number: usize, process: &ProcessConfig) -> Result<WorkerThread, Error> {
     let choice = process.engine;
-    let polling = Polling {
-        max: process.poll_max,
-    };
+    let max_poll = process.poll_max;
     let cpu = match process.cpus.len() {
         0 => None,
         cpus => Some(process.cpus[number % cpus]),
@@ -417,7 +415,7 @@ fn start_worker(number: usize, process: &ProcessConfig) -> Result<WorkerThread, 
             };
             let commands = Mailbox::new(Arc::clone(context.engine().sleeper()));
             let _ = made.send(Ok(Arc::clone(&commands)));
-            Worker::new(context, commands).run(polling);
+            Worker::new(context, commands).run(max_poll);
         })
         .map_err(|error| Error::new(ErrorKind::Io, format!("cannot start a worker: {error}")))?;
     let mailbox = ready

@@ -26,6 +26,7 @@ use blockcore::io::{IoContext, Plan, Root};
 use blockcore::mailbox::Mailbox;
 use futures_channel::oneshot;
 
+use crate::polling::Polling;
 use crate::vhost_user::memory::{self, GuestMap, GuestView};
 use crate::virtio::blk::{self, Geometry, Range, Request, Status};
 use crate::virtio::queue::{Chain, Ring, RingError, RingState};
@@ -34,8 +35,6 @@ use crate::virtio::queue::{Chain, Ring, RingError, RingState};
 const BATCH: usize = 16;
 /// Completions after which the guest is told, however many more are to come.
 const ANNOUNCE_EVERY: u16 = 8;
-/// The shortest time of polling that is tried.
-const POLL_MIN: Duration = Duration::from_micros(4);
 /// How often queues whose guest cannot kick are looked at when idle.
 const UNKICKED_LOOK: Duration = Duration::from_millis(1);
 /// When a queue that should stop is reported as stuck.
@@ -127,13 +126,6 @@ pub struct Stats {
 fn count(counter: &AtomicU64) {
     // One writer: no need of an atomic addition.
     counter.store(counter.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
-}
-
-/// How long a worker looks for work by itself before it sleeps.
-#[derive(Clone, Copy, Debug)]
-pub struct Polling {
-    /// At most so long; zero for never.
-    pub max: Duration,
 }
 
 /// The disk of a device, as far as this worker serves it.
@@ -243,17 +235,19 @@ impl Worker {
     }
 
     /// Serves until told to exit.
-    pub fn run(mut self, polling: Polling) {
-        let mut window = Duration::ZERO;
+    pub fn run(mut self, max_poll: Duration) {
+        let mut polling = Polling::new(max_poll);
         let mut idle_since = None;
         while !self.is_done() {
             if self.turn() {
-                idle_since = None;
+                if idle_since.take().is_some() {
+                    polling.caught();
+                }
                 continue;
             }
             let now = self.context.engine().now();
             let since = *idle_since.get_or_insert(now);
-            if now - since < window {
+            if now - since < polling.window() {
                 std::hint::spin_loop();
                 continue;
             }
@@ -261,10 +255,8 @@ impl Worker {
                 continue;
             }
             self.sleep();
-            let slept = self.context.engine().now() - now;
-            window = next_window(window, slept, polling.max);
-            // The window begins anew with the next work, not with this wake-up.
-            idle_since = Some(now);
+            polling.slept(self.context.engine().now() - now);
+            idle_since = None;
         }
     }
 
@@ -568,15 +560,6 @@ impl Worker {
     }
 }
 
-/// The next time of polling: longer if the last sleep was so short that polling would have caught
-/// what ended it, shorter if it was not.
-fn next_window(window: Duration, slept: Duration, max: Duration) -> Duration {
-    if slept > max {
-        return window / 2;
-    }
-    (window * 2).max(POLL_MIN).min(max)
-}
-
 fn token(slot: usize, head: u16) -> u64 {
     (slot as u64) << 16 | u64::from(head)
 }
@@ -834,21 +817,6 @@ impl Queue {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn polling_grows_while_it_would_have_paid_and_shrinks_when_not() {
-        let micros = Duration::from_micros;
-        let max = micros(50);
-        let mut window = Duration::ZERO;
-        for expected in [4, 8, 16, 32, 50, 50] {
-            window = next_window(window, micros(20), max);
-            assert_eq!(window, micros(expected));
-        }
-        window = next_window(window, micros(1000), max);
-        assert_eq!(window, micros(25));
-        let never = next_window(Duration::ZERO, micros(1), Duration::ZERO);
-        assert_eq!(never, Duration::ZERO);
-    }
 
     #[test]
     fn a_token_names_queue_and_head() {
