@@ -139,9 +139,13 @@ impl Export {
     }
 
     /// Serves a queue.
-    pub async fn start_queue(&self, index: u16, setup: QueueSetup) {
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with its ring.
+    pub async fn start_queue(&self, index: u16, setup: QueueSetup) -> Result<(), String> {
         let _turn = self.changing.lock().await;
-        self.start(index, setup).await;
+        self.start(index, setup).await
     }
 
     /// Stops a queue with nothing of it in flight; `None` if it was not served.
@@ -209,7 +213,7 @@ impl Export {
         let stopped = self.stop(index).await;
         self.assignment.borrow_mut()[usize::from(index)] = worker;
         if let Some(setup) = stopped {
-            self.start(index, setup).await;
+            self.start(index, setup).await.map_err(Error::invalid)?;
         }
         Ok(())
     }
@@ -258,7 +262,7 @@ impl Export {
         }
     }
 
-    async fn start(&self, index: u16, setup: QueueSetup) {
+    async fn start(&self, index: u16, setup: QueueSetup) -> Result<(), String> {
         let copy = |fd: &Option<OwnedFd>| fd.as_ref().and_then(|fd| fd.try_clone().ok());
         let start = StartQueue {
             key: self.key(index),
@@ -278,9 +282,12 @@ impl Export {
             hang_up: Arc::clone(&setup.hang_up),
             stats: Arc::clone(&self.stats[usize::from(index)]),
         };
-        self.ask(index, |reply| Command::Start(Box::new(start), reply))
-            .await;
+        let started = self.ask(index, |reply| Command::Start(Box::new(start), reply));
+        started
+            .await
+            .unwrap_or_else(|| Err("its worker has ended".into()))?;
         self.running.borrow_mut().insert(index, setup);
+        Ok(())
     }
 
     async fn stop(&self, index: u16) -> Option<QueueSetup> {

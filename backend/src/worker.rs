@@ -55,8 +55,8 @@ pub struct QueueKey {
 
 /// What control asks of a worker.
 pub enum Command {
-    /// Serve a queue.
-    Start(Box<StartQueue>, oneshot::Sender<()>),
+    /// Serve a queue; the answer says what is wrong with its ring.
+    Start(Box<StartQueue>, oneshot::Sender<Result<(), String>>),
     /// Take no more requests from a queue, finish those in flight, and give its state back; `None` if
     /// it is not served here.
     Stop(QueueKey, oneshot::Sender<Option<RingState>>),
@@ -207,6 +207,8 @@ pub struct Worker {
     disks: BTreeMap<DeviceId, Rc<Served>>,
     finished: Finished,
     events: Vec<Event>,
+    /// Reused from one request to the next.
+    chain: Chain,
     faults: u32,
     exiting: bool,
     fast_path: bool,
@@ -223,6 +225,7 @@ impl Worker {
             disks: BTreeMap::new(),
             finished: Finished::default(),
             events: Vec::new(),
+            chain: Chain::default(),
             faults: memory::faults(),
             exiting: false,
             fast_path: true,
@@ -339,10 +342,7 @@ impl Worker {
     fn command(&mut self, command: Command) {
         let now = self.context.engine().now();
         match command {
-            Command::Start(start, reply) => {
-                self.start(*start);
-                let _ = reply.send(());
-            }
+            Command::Start(start, reply) => self.start(*start, reply),
             Command::Stop(key, reply) => match self.find(key) {
                 Some(queue) if queue.stopping.is_none() => {
                     queue.stopping = Some(Stopping {
@@ -375,7 +375,16 @@ impl Worker {
         queues.find(|queue| queue.key == key)
     }
 
-    fn start(&mut self, start: StartQueue) {
+    fn start(&mut self, start: StartQueue, reply: oneshot::Sender<Result<(), String>>) {
+        let view = GuestView::new(start.memory);
+        let max_chain = (blk::SEG_MAX + 2) as u16;
+        let ring = match Ring::new(start.ring, view, max_chain) {
+            Ok(ring) => ring,
+            Err(why) => {
+                let _ = reply.send(Err(why));
+                return;
+            }
+        };
         let device = start.key.device;
         let served = self.disks.entry(device).or_insert_with(|| {
             let root = Root::new(Rc::clone(&self.context), Arc::clone(&start.plan));
@@ -391,9 +400,6 @@ impl Worker {
         });
         let served = Rc::clone(served);
         served.writeback.set(start.writeback);
-        let view = GuestView::new(start.memory);
-        let max_chain = (blk::SEG_MAX + 2) as u16;
-        let ring = Ring::new(start.ring, view, max_chain);
         let size = usize::from(ring.size());
         let queue = Queue {
             key: start.key,
@@ -414,6 +420,7 @@ impl Worker {
             Some(slot) => *slot = Some(queue),
             None => self.queues.push(Some(queue)),
         }
+        let _ = reply.send(Ok(()));
     }
 
     fn set_writeback(
@@ -465,21 +472,17 @@ impl Worker {
         }
         let mut popped = false;
         for _ in 0..BATCH {
-            match queue.ring.pop() {
-                Ok(Some(chain)) => {
-                    if !std::mem::replace(&mut popped, true) {
-                        queue.ring.suppress_kicks();
-                    }
-                    if let Err(error) = queue.begin(slot, chain, &self.context, &self.finished) {
-                        queue.break_down(error);
-                        return true;
-                    }
-                }
-                Ok(None) => break,
-                Err(error) => {
-                    queue.break_down(error);
-                    return true;
-                }
+            let begun = match queue.ring.pop(&mut self.chain) {
+                Ok(false) => break,
+                Ok(true) => queue.begin(slot, &mut self.chain, &self.context, &self.finished),
+                Err(error) => Err(error),
+            };
+            if !std::mem::replace(&mut popped, true) {
+                queue.ring.suppress_kicks();
+            }
+            if let Err(error) = begun {
+                queue.break_down(error);
+                break;
             }
         }
         popped
@@ -552,6 +555,8 @@ impl Worker {
             let stopping = queue.stopping.take().expect("looked at above");
             let _ = stopping.reply.send(Some(queue.ring.state()));
             drop(queue);
+            // Nothing here keeps the memory mapped any longer.
+            self.chain = Chain::default();
             let last = |served: &Rc<Served>| Rc::strong_count(served) == 1;
             if self.disks.get(&device).is_some_and(last) {
                 self.disks.remove(&device);
@@ -646,7 +651,7 @@ impl Queue {
     fn begin(
         &mut self,
         slot: usize,
-        mut chain: Chain,
+        chain: &mut Chain,
         context: &IoContext,
         finished: &Finished,
     ) -> Result<(), RingError> {
@@ -670,7 +675,8 @@ impl Queue {
             Err(refused) => {
                 count(&self.stats.errors);
                 status.set(refused as u8);
-                return self.ring.push(head, 1);
+                self.ring.push(head, 1);
+                return Ok(());
             }
         };
         self.in_flight += 1;
@@ -685,19 +691,27 @@ impl Queue {
             Request::Read { offset, bytes } => {
                 let written = u32::try_from(bytes + 1).unwrap_or(u32::MAX);
                 self.set_written(head, written);
-                match served.root.start_read(offset, chain.writable, token) {
+                match served
+                    .root
+                    .start_read(offset, std::mem::take(&mut chain.writable), token)
+                {
                     Ok(()) => return Ok(()),
                     Err(into) => Task::Read(offset, into),
                 }
             }
             Request::Write { offset, .. } if served.writeback.get() => {
                 served.unflushed.set(true);
-                match served.root.start_write(offset, chain.readable, token) {
+                match served
+                    .root
+                    .start_write(offset, std::mem::take(&mut chain.readable), token)
+                {
                     Ok(()) => return Ok(()),
                     Err(from) => Task::Write(offset, from),
                 }
             }
-            Request::Write { offset, .. } => Task::Write(offset, chain.readable),
+            Request::Write { offset, .. } => {
+                Task::Write(offset, std::mem::take(&mut chain.readable))
+            }
             Request::Flush => Task::Flush,
             Request::GetId => {
                 let bytes = chain.writable.copy_from(&served.disk.id);
@@ -775,16 +789,15 @@ impl Queue {
             }
         };
         pending.status.set(status as u8);
-        if let Err(error) = self.ring.push(head, written) {
-            self.break_down(error);
-        } else if self.ring.unannounced() >= ANNOUNCE_EVERY {
+        self.ring.push(head, written);
+        if self.ring.unpublished() >= ANNOUNCE_EVERY {
             self.announce();
         }
     }
 
-    /// Tells the guest of completions, if it wants to know.
+    /// Shows the guest its completions, and calls it if it wants that.
     fn announce(&mut self) {
-        if self.ring.unannounced() > 0 && self.ring.wants_call() {
+        if self.ring.publish() {
             self.signal();
         }
     }

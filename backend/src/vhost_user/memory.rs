@@ -18,7 +18,7 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Once};
 
 use blockcore::io::buffer::Segments;
@@ -273,6 +273,12 @@ impl GuestView {
         segments
     }
 
+    /// Empties a list and has this view keep its memory mapped.
+    pub fn reset(self: &Rc<Self>, segments: &mut Segments) {
+        segments.clear();
+        segments.set_owner(Rc::clone(self) as Rc<dyn std::any::Any>);
+    }
+
     fn find(&self, address: u64) -> Option<(&Region, u64)> {
         let regions = &self.map.regions;
         let inside = |region: &Region| {
@@ -289,6 +295,76 @@ impl GuestView {
         let offset = inside(&regions[index])?;
         self.last.set(index);
         Some((&regions[index], offset))
+    }
+}
+
+/// A piece of the guest's memory that is used in place: part of a ring.
+///
+/// The guest may change it at any time, so it is only ever loaded and stored as atomics.
+pub struct Area {
+    base: NonNull<u8>,
+    bytes: usize,
+    _view: Rc<GuestView>,
+}
+
+impl GuestView {
+    /// The `bytes` bytes at `address` for use in place; `None` if they are not in one region, or not
+    /// aligned to `alignment` in our memory.
+    pub fn area(self: &Rc<Self>, address: u64, bytes: u64, alignment: usize) -> Option<Area> {
+        let (region, offset) = self.find(address)?;
+        if bytes > region.spec.bytes - offset {
+            return None;
+        }
+        // SAFETY: `offset` is inside the region's mapping.
+        let base = unsafe { region.base.add(offset as usize) };
+        (base.as_ptr() as usize)
+            .is_multiple_of(alignment)
+            .then(|| Area {
+                base,
+                bytes: bytes as usize,
+                _view: Rc::clone(self),
+            })
+    }
+}
+
+impl Area {
+    fn place<T>(&self, at: usize) -> *mut T {
+        let size = size_of::<T>();
+        assert!(
+            at <= self.bytes && size <= self.bytes - at,
+            "inside the area, as its owner computed"
+        );
+        // SAFETY: `at` is inside the area, which the view keeps mapped.
+        let place = unsafe { self.base.as_ptr().add(at) };
+        assert!(
+            (place as usize).is_multiple_of(align_of::<T>()),
+            "aligned, as the area is"
+        );
+        place.cast()
+    }
+
+    /// Loads two bytes, little-endian.
+    pub fn load_u16(&self, at: usize, order: Ordering) -> u16 {
+        // SAFETY: `place` is mapped and aligned; memory shared with a guest is accessed atomically.
+        u16::from_le(unsafe { AtomicU16::from_ptr(self.place(at)) }.load(order))
+    }
+
+    /// Stores two bytes, little-endian.
+    pub fn store_u16(&self, at: usize, value: u16, order: Ordering) {
+        // SAFETY: as in `load_u16`.
+        unsafe { AtomicU16::from_ptr(self.place(at)) }.store(value.to_le(), order);
+    }
+
+    /// Stores four bytes, little-endian.
+    pub fn store_u32(&self, at: usize, value: u32) {
+        // SAFETY: as in `load_u16`.
+        unsafe { AtomicU32::from_ptr(self.place(at)) }.store(value.to_le(), Ordering::Relaxed);
+    }
+
+    /// Loads eight bytes, little-endian.
+    pub fn load_u64(&self, at: usize) -> u64 {
+        // SAFETY: as in `load_u16`.
+        u64::from_le(unsafe { AtomicU64::from_ptr(self.place(at)) }.load(Ordering::Relaxed))
     }
 }
 

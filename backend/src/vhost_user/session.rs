@@ -237,9 +237,6 @@ impl Session {
             next: vring.next,
             event_index: self.has(VIRTIO_RING_F_EVENT_IDX),
         };
-        if let Err(why) = ring.check(&self.memory) {
-            return self.refuse(format!("queue {index}: {why}"));
-        }
         let copy = |fd: &Option<OwnedFd>| fd.as_ref().and_then(|fd| fd.try_clone().ok());
         let setup = QueueSetup {
             ring,
@@ -251,10 +248,12 @@ impl Session {
             hang_up: Arc::clone(&self.hang_up),
         };
         let started = self.control.queue(&self.export, move |export| async move {
-            export.start_queue(index as u16, setup).await;
+            export.start_queue(index as u16, setup).await
         });
-        if started.is_none() {
-            return Err(Error::Disconnected);
+        match started {
+            Some(Ok(())) => {}
+            Some(Err(why)) => return self.refuse(format!("queue {index}: {why}")),
+            None => return Err(Error::Disconnected),
         }
         self.vrings[index].running = true;
         Ok(())
