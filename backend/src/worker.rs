@@ -33,8 +33,16 @@ use crate::virtio::queue::{Chain, Ring, RingError, RingState};
 
 /// Requests taken from one queue before the others and the host have their turn.
 const BATCH: usize = 16;
-/// Completions after which the guest is told, however many more are to come.
+/// The same where the worker shares its core: each turn may then cost it the core.
+const CROWDED_BATCH: usize = 64;
+/// Completions after which the guest is told, however many more are to come: it can deal with them on
+/// its own core meanwhile.
 const ANNOUNCE_EVERY: u16 = 8;
+/// Turns after which the worker looks whether it has a core to itself.
+const CROWDING_LOOK: u32 = 512;
+/// It has not if so many turns of those, or more, ended with another thread on its core. Then telling
+/// the guest early only makes both take turns more often.
+const CROWDED: u64 = 64;
 /// How often queues whose guest cannot kick are looked at when idle.
 const UNKICKED_LOOK: Duration = Duration::from_millis(1);
 /// When a queue that should stop is reported as stuck.
@@ -210,6 +218,8 @@ pub struct Worker {
     /// Reused from one request to the next.
     chain: Chain,
     faults: u32,
+    batch: usize,
+    announce_every: u16,
     exiting: bool,
     fast_path: bool,
 }
@@ -227,6 +237,8 @@ impl Worker {
             events: Vec::new(),
             chain: Chain::default(),
             faults: memory::faults(),
+            batch: BATCH,
+            announce_every: ANNOUNCE_EVERY,
             exiting: false,
             fast_path: true,
         }
@@ -241,8 +253,19 @@ impl Worker {
     pub fn run(mut self, max_poll: Duration) {
         let mut polling = Polling::new(max_poll);
         let mut idle_since = None;
+        let (mut turns, mut preemptions) = (0, 0);
         while !self.is_done() {
             if self.turn() {
+                turns += 1;
+                if turns == CROWDING_LOOK {
+                    let now = self.context.engine().preemptions();
+                    let crowded = now - std::mem::replace(&mut preemptions, now) >= CROWDED;
+                    (self.batch, self.announce_every) = match crowded {
+                        true => (CROWDED_BATCH, u16::MAX),
+                        false => (BATCH, ANNOUNCE_EVERY),
+                    };
+                    turns = 0;
+                }
                 if idle_since.take().is_some() {
                     polling.caught();
                 }
@@ -284,7 +307,15 @@ impl Worker {
                     token,
                     result,
                     segments,
-                } => self.transferred(token, result, segments),
+                } => {
+                    self.transferred(token, result, segments);
+                    let (slot, _) = split(token);
+                    if let Some(queue) = &mut self.queues[slot]
+                        && queue.ring.unpublished() >= self.announce_every
+                    {
+                        queue.announce();
+                    }
+                }
                 Event::Ready(watch) => self.kicked(watch),
             }
         }
@@ -471,7 +502,7 @@ impl Worker {
             return false;
         }
         let mut popped = false;
-        for _ in 0..BATCH {
+        for _ in 0..self.batch {
             let begun = match queue.ring.pop(&mut self.chain) {
                 Ok(false) => break,
                 Ok(true) => queue.begin(slot, &mut self.chain, &self.context, &self.finished),
@@ -790,9 +821,6 @@ impl Queue {
         };
         pending.status.set(status as u8);
         self.ring.push(head, written);
-        if self.ring.unpublished() >= ANNOUNCE_EVERY {
-            self.announce();
-        }
     }
 
     /// Shows the guest its completions, and calls it if it wants that.

@@ -301,6 +301,17 @@ pub(super) fn write_cached(fd: BorrowedFd<'_>, offset: u64, segments: &[Segment]
     u64::try_from(result).map_err(|_| errno())
 }
 
+/// Involuntary context switches of the calling thread.
+pub(super) fn preemptions() -> u64 {
+    // SAFETY: a zeroed `rusage` is a valid one, and lives until the call returns.
+    let usage = unsafe {
+        let mut usage: libc::rusage = std::mem::zeroed();
+        libc::getrusage(libc::RUSAGE_THREAD, &raw mut usage);
+        usage
+    };
+    usage.ru_nivcsw as u64
+}
+
 /// Makes completed writes durable.
 pub(super) fn sync(fd: BorrowedFd<'_>) -> OpResult {
     // Never retried by itself: an interrupted sync tells nothing of what it covered.

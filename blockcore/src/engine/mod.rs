@@ -79,6 +79,11 @@ pub trait Engine {
     /// Time since some fixed moment; never goes back.
     fn now(&self) -> Duration;
 
+    /// How often the host has taken the core away from this worker's thread for another's sake.
+    fn preemptions(&self) -> u64 {
+        0
+    }
+
     /// What wakes this engine from [`wait`](Self::wait).
     fn sleeper(&self) -> &Arc<Sleeper>;
 

@@ -350,6 +350,10 @@ impl Engine for Threads {
         clock::now()
     }
 
+    fn preemptions(&self) -> u64 {
+        host::preemptions()
+    }
+
     fn sleeper(&self) -> &Arc<Sleeper> {
         &self.sleeper
     }

@@ -443,6 +443,10 @@ impl Engine for Uring {
         clock::now()
     }
 
+    fn preemptions(&self) -> u64 {
+        host::preemptions()
+    }
+
     fn sleeper(&self) -> &Arc<Sleeper> {
         &self.sleeper
     }
