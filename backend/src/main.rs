@@ -1,5 +1,6 @@
 //! The `stonework` command: parse, build, run, exit status.
 
+use std::io::Write;
 use std::process::ExitCode;
 use std::rc::Rc;
 
@@ -32,7 +33,8 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("stonework: {}", error.report());
+            // Nobody may read it any more: the exit status tells all the same.
+            let _ = writeln!(std::io::stderr(), "stonework: {}", error.report());
             ExitCode::FAILURE
         }
     }
@@ -45,6 +47,8 @@ fn log() {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        // It would complain on standard error too, and end us if nobody reads that any more.
+        .log_internal_errors(false)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_target(false)
         .init();
