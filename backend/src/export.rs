@@ -17,7 +17,7 @@ use async_lock::Mutex;
 use blockcore::driver::Limits;
 use blockcore::graph::permission::{Claim, Permissions};
 use blockcore::graph::{ClaimId, Control};
-use blockcore::io::Plan;
+use blockcore::io::{Plan, Root};
 use blockcore::mailbox::Mailbox;
 use blockcore::{Error, IoError};
 use futures_channel::oneshot;
@@ -172,10 +172,10 @@ impl Export {
         let key = self.key(index);
         self.ask(index, |reply| Command::SetCall(key, call, reply))
             .await;
-        Ok(())
     }
 
-    /// Changes whether writes may complete before they are stable.
+    /// Changes whether writes may complete before they are stable. What completed before a change to
+    /// "not" is durable when this returns: the guest sends no more flushes for it.
     ///
     /// # Errors
     ///
@@ -189,11 +189,16 @@ impl Export {
             worker.post(Command::SetWriteback(self.device, writeback, reply));
             replies.push(answer);
         }
-        let mut outcome = Ok(());
         for answer in replies {
-            outcome = outcome.and(answer.await.unwrap_or(Ok(())));
+            // A worker that has ended completes nothing any more.
+            let _ = answer.await;
         }
-        outcome
+        if writeback || !self.config.writable {
+            return Ok(());
+        }
+        // One flush for all workers, also for what queues wrote that have been stopped or moved since.
+        let context = Rc::clone(self.control.context());
+        Root::new(context, Arc::clone(&self.plan)).flush().await
     }
 
     /// Moves a queue to another worker, running or not.

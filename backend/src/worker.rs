@@ -70,9 +70,9 @@ pub enum Command {
     Stop(QueueKey, oneshot::Sender<Option<RingState>>),
     /// Tell the guest of completions by another descriptor, or by none.
     SetCall(QueueKey, Option<OwnedFd>, oneshot::Sender<()>),
-    /// Whether writes of a device may complete before they are stable. What was written before a
-    /// change to "not" is flushed before the reply.
-    SetWriteback(DeviceId, bool, oneshot::Sender<Result<(), IoError>>),
+    /// Whether writes of a device may complete before they are stable, from the reply on. What has
+    /// completed before is the caller's to flush.
+    SetWriteback(DeviceId, bool, oneshot::Sender<()>),
     /// End, once no queue is served.
     Exit,
 }
@@ -141,8 +141,6 @@ struct Served {
     root: Rc<Root>,
     disk: Disk,
     writeback: Cell<bool>,
-    /// Something was written since the last flush began.
-    unflushed: Cell<bool>,
 }
 
 impl Served {
@@ -154,20 +152,13 @@ impl Served {
         }
     }
 
-    fn write_flags(&self) -> WriteFlags {
+    /// Comes between the end of a change and its completion. The mode that holds now counts, not the
+    /// one in which the change began: a guest that has left writeback sends no flush for it.
+    async fn settle(&self) -> Result<(), IoError> {
         match self.writeback.get() {
-            true => WriteFlags::empty(),
-            false => WriteFlags::STABLE,
+            true => Ok(()),
+            false => self.root.flush().await,
         }
-    }
-
-    async fn flush(&self) -> Result<(), IoError> {
-        self.unflushed.set(false);
-        let outcome = self.root.flush().await;
-        if outcome.is_err() {
-            self.unflushed.set(true);
-        }
-        outcome
     }
 }
 
@@ -395,7 +386,10 @@ impl Worker {
                 let _ = reply.send(());
             }
             Command::SetWriteback(device, writeback, reply) => {
-                self.set_writeback(device, writeback, reply);
+                if let Some(served) = self.disks.get(&device) {
+                    served.writeback.set(writeback);
+                }
+                let _ = reply.send(());
             }
             Command::Exit => self.exiting = true,
         }
@@ -426,7 +420,6 @@ impl Worker {
                 root,
                 disk: start.disk,
                 writeback: Cell::new(start.writeback),
-                unflushed: Cell::new(false),
             })
         });
         let served = Rc::clone(served);
@@ -452,27 +445,6 @@ impl Worker {
             None => self.queues.push(Some(queue)),
         }
         let _ = reply.send(Ok(()));
-    }
-
-    fn set_writeback(
-        &self,
-        device: DeviceId,
-        writeback: bool,
-        reply: oneshot::Sender<Result<(), IoError>>,
-    ) {
-        let Some(served) = self.disks.get(&device).map(Rc::clone) else {
-            let _ = reply.send(Ok(()));
-            return;
-        };
-        served.writeback.set(writeback);
-        if writeback || !served.unflushed.get() {
-            let _ = reply.send(Ok(()));
-            return;
-        }
-        // A guest that leaves writeback sends no more flushes for what it wrote before.
-        self.context.spawn(async move {
-            let _ = reply.send(served.flush().await);
-        });
     }
 
     fn look_for_faults(&mut self) {
@@ -535,7 +507,15 @@ impl Worker {
         let pending = pending.expect("in flight until completed");
         let bytes = segments.bytes();
         let done = match result {
-            Ok(done) if done == bytes => return queue.complete(head, Ok(())),
+            Ok(done) if done == bytes => {
+                let changed = matches!(pending.request, Request::Write { .. });
+                if !changed || queue.served.writeback.get() {
+                    return queue.complete(head, Ok(()));
+                }
+                // The guest left writeback while this was under way.
+                let served = Rc::clone(&queue.served);
+                return spawn(&self.context, &self.finished, token, served, Task::Flush);
+            }
             Ok(done) => done,
             Err(Errno::INTR | Errno::AGAIN) => 0,
             Err(error) => return queue.complete(head, Err(error.into())),
@@ -616,23 +596,17 @@ enum Task {
 impl Task {
     async fn run(self, served: &Served) -> Result<(), IoError> {
         let root = &served.root;
-        let flags = served.write_flags();
+        let flags = WriteFlags::empty();
         match self {
-            Self::Read(offset, into) => root.read(offset, into).await,
-            Self::Write(offset, from) => {
-                served.unflushed.set(true);
-                root.write(offset, from, flags).await
-            }
-            Self::Flush => served.flush().await,
+            Self::Read(offset, into) => return root.read(offset, into).await,
+            Self::Flush => return root.flush().await,
+            Self::Write(offset, from) => root.write(offset, from, flags).await?,
             Self::Discard(ranges) => {
-                served.unflushed.set(true);
                 for range in ranges {
                     root.discard(range.offset, range.bytes, flags).await?;
                 }
-                Ok(())
             }
             Self::WriteZeroes(ranges) => {
-                served.unflushed.set(true);
                 for range in ranges {
                     let zero = match range.unmap {
                         true => ZeroFlags::MAY_UNMAP,
@@ -641,9 +615,9 @@ impl Task {
                     root.write_zeroes(range.offset, range.bytes, zero, flags)
                         .await?;
                 }
-                Ok(())
             }
         }
+        served.settle().await
     }
 }
 
@@ -731,7 +705,6 @@ impl Queue {
                 }
             }
             Request::Write { offset, .. } if served.writeback.get() => {
-                served.unflushed.set(true);
                 match served
                     .root
                     .start_write(offset, std::mem::take(&mut chain.readable), token)
