@@ -477,7 +477,9 @@ impl Worker {
         for _ in 0..self.batch {
             let begun = match queue.ring.pop(&mut self.chain) {
                 Ok(false) => break,
-                Ok(true) => queue.begin(slot, &mut self.chain, &self.context, &self.finished),
+                Ok(true) => queue
+                    .begin(slot, &mut self.chain, &self.context, &self.finished)
+                    .inspect_err(|_| queue.ring.put_back(self.chain.head)),
                 Err(error) => Err(error),
             };
             if !std::mem::replace(&mut popped, true) {
@@ -652,7 +654,7 @@ impl Queue {
         );
     }
 
-    /// Starts a request, or completes it at once.
+    /// Starts a request, or completes it at once; after an error it has done neither.
     fn begin(
         &mut self,
         slot: usize,
