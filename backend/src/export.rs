@@ -40,9 +40,9 @@ pub struct QueueSetup {
     /// Readable when the guest kicks.
     pub kick: Option<Arc<OwnedFd>>,
     /// Written to when the guest is to be told.
-    pub call: Option<OwnedFd>,
+    pub call: Option<Arc<OwnedFd>>,
     /// Written to when the ring is broken.
-    pub error: Option<OwnedFd>,
+    pub error: Option<Arc<OwnedFd>>,
     /// Whether the guest can flush; one that cannot gets every write stable.
     pub guest_flushes: bool,
     /// Ends the front-end's connection, without waiting.
@@ -155,19 +155,11 @@ impl Export {
     }
 
     /// Tells the guest of a queue's completions by another descriptor.
-    ///
-    /// # Errors
-    ///
-    /// The descriptor cannot be duplicated.
-    pub async fn set_call(&self, index: u16, call: Option<OwnedFd>) -> Result<(), std::io::Error> {
+    pub async fn set_call(&self, index: u16, call: Option<Arc<OwnedFd>>) {
         let _turn = self.changing.lock().await;
-        let copy = call.as_ref().map(OwnedFd::try_clone).transpose()?;
-        {
-            let mut running = self.running.borrow_mut();
-            let Some(setup) = running.get_mut(&index) else {
-                return Ok(());
-            };
-            setup.call = copy;
+        match self.running.borrow_mut().get_mut(&index) {
+            Some(setup) => setup.call.clone_from(&call),
+            None => return,
         }
         let key = self.key(index);
         self.ask(index, |reply| Command::SetCall(key, call, reply))
@@ -268,14 +260,13 @@ impl Export {
     }
 
     async fn start(&self, index: u16, setup: QueueSetup) -> Result<(), String> {
-        let copy = |fd: &Option<OwnedFd>| fd.as_ref().and_then(|fd| fd.try_clone().ok());
         let start = StartQueue {
             key: self.key(index),
             ring: setup.ring,
             memory: Arc::clone(&setup.memory),
             kick: setup.kick.clone(),
-            call: copy(&setup.call),
-            error: copy(&setup.error),
+            call: setup.call.clone(),
+            error: setup.error.clone(),
             plan: Arc::clone(&self.plan),
             disk: Disk {
                 export: self.config.id.as_str().into(),

@@ -23,6 +23,7 @@ fn main() -> ExitCode {
     let matches = Cli::command().get_matches();
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     log();
+    raise_descriptor_limit();
     let result = match &cli.command {
         Command::Serve(args) => run_serve(args),
         Command::Daemon(args) => {
@@ -52,6 +53,17 @@ fn log() {
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_target(false)
         .init();
+}
+
+/// Takes all the descriptors that the host allows: front-ends bring hundreds, one for each region of
+/// memory and up to three for each queue.
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::debug!(%error, "cannot raise the limit of descriptors");
+    }
 }
 
 fn run_serve(args: &ServeArgs) -> Result<(), Error> {

@@ -69,7 +69,7 @@ pub enum Command {
     /// it is not served here.
     Stop(QueueKey, oneshot::Sender<Option<RingState>>),
     /// Tell the guest of completions by another descriptor, or by none.
-    SetCall(QueueKey, Option<OwnedFd>, oneshot::Sender<()>),
+    SetCall(QueueKey, Option<Arc<OwnedFd>>, oneshot::Sender<()>),
     /// Whether writes of a device may complete before they are stable, from the reply on. What has
     /// completed before is the caller's to flush.
     SetWriteback(DeviceId, bool, oneshot::Sender<()>),
@@ -88,9 +88,9 @@ pub struct StartQueue {
     /// Readable when the guest kicks; `None` if it never does.
     pub kick: Option<Arc<OwnedFd>>,
     /// Written to when the guest is to be told.
-    pub call: Option<OwnedFd>,
+    pub call: Option<Arc<OwnedFd>>,
     /// Written to when the ring is broken.
-    pub error: Option<OwnedFd>,
+    pub error: Option<Arc<OwnedFd>>,
     /// The disk.
     pub plan: Arc<Plan>,
     /// What its requests are checked against and answered with.
@@ -175,8 +175,8 @@ struct Queue {
     ring: Ring,
     served: Rc<Served>,
     watch: Option<WatchId>,
-    call: Option<OwnedFd>,
-    error: Option<OwnedFd>,
+    call: Option<Arc<OwnedFd>>,
+    error: Option<Arc<OwnedFd>>,
     pending: Vec<Option<Pending>>,
     in_flight: usize,
     /// The guest will kick for the next request: there is no need to look.

@@ -134,8 +134,8 @@ struct Vring {
     next: u16,
     /// Set by `SET_VRING_KICK`; the inner `None` is a guest that never kicks.
     kick: Option<Option<Arc<OwnedFd>>>,
-    call: Option<OwnedFd>,
-    error: Option<OwnedFd>,
+    call: Option<Arc<OwnedFd>>,
+    error: Option<Arc<OwnedFd>>,
     enabled: bool,
     running: bool,
 }
@@ -237,13 +237,12 @@ impl Session {
             next: vring.next,
             event_index: self.has(VIRTIO_RING_F_EVENT_IDX),
         };
-        let copy = |fd: &Option<OwnedFd>| fd.as_ref().and_then(|fd| fd.try_clone().ok());
         let setup = QueueSetup {
             ring,
             memory: Arc::clone(&self.memory),
             kick: kick.clone(),
-            call: copy(&vring.call),
-            error: copy(&vring.error),
+            call: vring.call.clone(),
+            error: vring.error.clone(),
             guest_flushes: self.has(VIRTIO_BLK_F_FLUSH) || self.has(VIRTIO_BLK_F_CONFIG_WCE),
             hang_up: Arc::clone(&self.hang_up),
         };
@@ -312,7 +311,7 @@ impl Session {
     }
 
     /// A descriptor to kick or be told by. Never waited on, whatever it is.
-    fn adopt(&mut self, file: Option<File>) -> Result<Option<OwnedFd>> {
+    fn adopt(&mut self, file: Option<File>) -> Result<Option<Arc<OwnedFd>>> {
         let Some(file) = file else {
             return Ok(None);
         };
@@ -326,7 +325,7 @@ impl Session {
         }
         let set = fcntl_getfl(&fd).and_then(|flags| fcntl_setfl(&fd, flags | OFlags::NONBLOCK));
         match set {
-            Ok(()) => Ok(Some(fd)),
+            Ok(()) => Ok(Some(Arc::new(fd))),
             Err(error) => self.refuse(format!("a descriptor cannot be made non-blocking: {error}")),
         }
     }
@@ -497,7 +496,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
         let index = u32::from(index);
         self.vring(index)?;
-        let kick = self.adopt(fd)?.map(Arc::new);
+        let kick = self.adopt(fd)?;
         self.stop(index as usize);
         self.vring(index)?.kick = Some(kick);
         self.settle(index as usize)
@@ -507,20 +506,15 @@ impl VhostUserBackendReqHandlerMut for Session {
         let index = u32::from(index);
         self.vring(index)?;
         let call = self.adopt(fd)?;
-        let copy = call.as_ref().and_then(|fd| fd.try_clone().ok());
         let vring = self.vring(index)?;
-        vring.call = call;
+        vring.call.clone_from(&call);
         if !vring.running {
             return Ok(());
         }
         let set = self.control.queue(&self.export, move |export| async move {
-            export.set_call(index as u16, copy).await
+            export.set_call(index as u16, call).await;
         });
-        match set {
-            Some(Ok(())) => Ok(()),
-            Some(Err(error)) => self.refuse(format!("queue {index}: {error}")),
-            None => Err(Error::Disconnected),
-        }
+        set.ok_or(Error::Disconnected)
     }
 
     fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Result<()> {
