@@ -29,6 +29,11 @@ pub const MAX_REGIONS: usize = 509;
 
 /// One region as a front-end describes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// `HUGETLBFS_MAGIC` of the kernel's `linux/magic.h`.
+const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
+/// `FUSE_SUPER_MAGIC` of the same.
+const FUSE_MAGIC: u64 = 0x6573_5546;
+
 pub struct RegionSpec {
     /// Where the guest sees it.
     pub guest_address: u64,
@@ -72,7 +77,8 @@ impl Region {
     ///
     /// # Errors
     ///
-    /// The region is empty, wraps around, is longer than the file, or the host refuses to map it.
+    /// The region is empty, wraps around, is longer than the file or is part of a huge page; an access
+    /// to the file could block for ever; or the host refuses to map it.
     pub fn map(spec: RegionSpec, file: OwnedFd) -> Result<Arc<Self>, MemoryError> {
         let refuse = |why: &str| {
             Err(MemoryError(format!(
@@ -100,6 +106,21 @@ impl Region {
         }
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
+        let system = match rustix::fs::fstatfs(&file) {
+            Ok(system) => system,
+            Err(error) => return refuse(&format!("its file cannot be examined: {error}")),
+        };
+        let page = match system.f_type as u64 & 0xffff_ffff {
+            // Such mappings are made, replaced and removed in whole pages only.
+            HUGETLBFS_MAGIC => system.f_bsize as u64,
+            FUSE_MAGIC => {
+                return refuse("its file system is a process that may never give us the memory");
+            }
+            _ => 1,
+        };
+        if !spec.bytes.is_multiple_of(page) || !spec.file_offset.is_multiple_of(page) {
+            return refuse(&format!("it is not of whole huge pages ({page:#x} bytes)"));
+        }
         let source = FileOffset::new(file, spec.file_offset);
         let mapping = match MmapRegion::build(Some(source), bytes, protection, flags) {
             Ok(mapping) => mapping,
