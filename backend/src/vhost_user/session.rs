@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
-use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::fs::{AtFlags, FileType, OFlags, StatxFlags, fcntl_getfl, fcntl_setfl, statx};
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
     VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig,
@@ -316,12 +316,20 @@ impl Session {
             return Ok(None);
         };
         let fd = OwnedFd::from(file);
-        // Holding the front-end's own end of the connection would hide that it goes away.
-        let socket = rustix::fs::fstat(&fd)
-            .map(|stat| rustix::fs::FileType::from_raw_mode(stat.st_mode))
-            .is_ok_and(|kind| kind == rustix::fs::FileType::Socket);
-        if socket {
-            return self.refuse("a socket cannot be kicked or called by");
+        // As it is known here: asking its file system could block for ever.
+        let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+        let kind = match statx(&fd, c"", flags, StatxFlags::TYPE) {
+            Ok(found) => FileType::from_raw_mode(u32::from(found.stx_mode)),
+            Err(error) => return self.refuse(format!("a descriptor cannot be examined: {error}")),
+        };
+        match kind {
+            // Holding the front-end's own end of the connection would hide that it goes away.
+            FileType::Socket => return self.refuse("a socket cannot be kicked or called by"),
+            // These block whatever their flags say, a worker too, if their file system does.
+            FileType::RegularFile | FileType::Directory | FileType::BlockDevice => {
+                return self.refuse("a file cannot be kicked or called by");
+            }
+            _ => {}
         }
         let set = fcntl_getfl(&fd).and_then(|flags| fcntl_setfl(&fd, flags | OFlags::NONBLOCK));
         match set {
