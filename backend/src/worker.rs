@@ -45,6 +45,8 @@ const CROWDING_LOOK: u32 = 512;
 const CROWDED: u64 = 64;
 /// How often queues whose guest cannot kick are looked at when idle.
 const UNKICKED_LOOK: Duration = Duration::from_millis(1);
+/// How long a queue that has reported a failed request only counts the next ones.
+const QUIET: Duration = Duration::from_secs(1);
 /// When a queue that should stop is reported as stuck.
 const STUCK: Duration = Duration::from_secs(1);
 
@@ -183,6 +185,9 @@ struct Queue {
     armed: bool,
     broken: bool,
     stopping: Option<Stopping>,
+    /// Until when failures are only counted, and how many were: a guest can make them at will.
+    quiet_until: Duration,
+    unsaid: u64,
     hang_up: Arc<dyn Fn() + Send + Sync>,
     stats: Arc<Stats>,
 }
@@ -437,6 +442,8 @@ impl Worker {
             armed: false,
             broken: false,
             stopping: None,
+            quiet_until: Duration::ZERO,
+            unsaid: 0,
             hang_up: start.hang_up,
             stats: start.stats,
         };
@@ -765,16 +772,27 @@ impl Queue {
             Err(_) => Status::IoError,
         };
         if let Err(error) = result {
-            let pending = self.pending[usize::from(head)].as_ref();
-            tracing::warn!(
-                export = %self.served.disk.export,
-                queue = self.key.index,
-                request = ?pending.map(|pending| pending.request),
-                %error,
-                "a request failed"
-            );
+            self.report_failure(head, error);
         }
         self.finish(head, status);
+    }
+
+    fn report_failure(&mut self, head: u16, error: IoError) {
+        let now = self.served.root.context().engine().now();
+        if now < self.quiet_until {
+            self.unsaid += 1;
+            return;
+        }
+        self.quiet_until = now + QUIET;
+        let pending = self.pending[usize::from(head)].as_ref();
+        tracing::warn!(
+            export = %self.served.disk.export,
+            queue = self.key.index,
+            request = ?pending.map(|pending| pending.request),
+            %error,
+            unsaid = std::mem::take(&mut self.unsaid),
+            "a request failed"
+        );
     }
 
     fn finish(&mut self, head: u16, status: Status) {
