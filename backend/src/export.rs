@@ -17,7 +17,7 @@ use async_lock::Mutex;
 use blockcore::driver::Limits;
 use blockcore::graph::permission::{Claim, Permissions};
 use blockcore::graph::{ClaimId, Control};
-use blockcore::io::Plan;
+use blockcore::io::{Plan, Root};
 use blockcore::mailbox::Mailbox;
 use blockcore::{Error, IoError};
 use futures_channel::oneshot;
@@ -40,9 +40,9 @@ pub struct QueueSetup {
     /// Readable when the guest kicks.
     pub kick: Option<Arc<OwnedFd>>,
     /// Written to when the guest is to be told.
-    pub call: Option<OwnedFd>,
+    pub call: Option<Arc<OwnedFd>>,
     /// Written to when the ring is broken.
-    pub error: Option<OwnedFd>,
+    pub error: Option<Arc<OwnedFd>>,
     /// Whether the guest can flush; one that cannot gets every write stable.
     pub guest_flushes: bool,
     /// Ends the front-end's connection, without waiting.
@@ -155,27 +155,19 @@ impl Export {
     }
 
     /// Tells the guest of a queue's completions by another descriptor.
-    ///
-    /// # Errors
-    ///
-    /// The descriptor cannot be duplicated.
-    pub async fn set_call(&self, index: u16, call: Option<OwnedFd>) -> Result<(), std::io::Error> {
+    pub async fn set_call(&self, index: u16, call: Option<Arc<OwnedFd>>) {
         let _turn = self.changing.lock().await;
-        let copy = call.as_ref().map(OwnedFd::try_clone).transpose()?;
-        {
-            let mut running = self.running.borrow_mut();
-            let Some(setup) = running.get_mut(&index) else {
-                return Ok(());
-            };
-            setup.call = copy;
+        match self.running.borrow_mut().get_mut(&index) {
+            Some(setup) => setup.call.clone_from(&call),
+            None => return,
         }
         let key = self.key(index);
         self.ask(index, |reply| Command::SetCall(key, call, reply))
             .await;
-        Ok(())
     }
 
-    /// Changes whether writes may complete before they are stable.
+    /// Changes whether writes may complete before they are stable. What completed before a change to
+    /// "not" is durable when this returns: the guest sends no more flushes for it.
     ///
     /// # Errors
     ///
@@ -189,11 +181,16 @@ impl Export {
             worker.post(Command::SetWriteback(self.device, writeback, reply));
             replies.push(answer);
         }
-        let mut outcome = Ok(());
         for answer in replies {
-            outcome = outcome.and(answer.await.unwrap_or(Ok(())));
+            // A worker that has ended completes nothing any more.
+            let _ = answer.await;
         }
-        outcome
+        if writeback || !self.config.writable {
+            return Ok(());
+        }
+        // One flush for all workers, also for what queues wrote that have been stopped or moved since.
+        let context = Rc::clone(self.control.context());
+        Root::new(context, Arc::clone(&self.plan)).flush().await
     }
 
     /// Moves a queue to another worker, running or not.
@@ -263,14 +260,13 @@ impl Export {
     }
 
     async fn start(&self, index: u16, setup: QueueSetup) -> Result<(), String> {
-        let copy = |fd: &Option<OwnedFd>| fd.as_ref().and_then(|fd| fd.try_clone().ok());
         let start = StartQueue {
             key: self.key(index),
             ring: setup.ring,
             memory: Arc::clone(&setup.memory),
             kick: setup.kick.clone(),
-            call: copy(&setup.call),
-            error: copy(&setup.error),
+            call: setup.call.clone(),
+            error: setup.error.clone(),
             plan: Arc::clone(&self.plan),
             disk: Disk {
                 export: self.config.id.as_str().into(),

@@ -1,5 +1,6 @@
 //! The `stonework` command: parse, build, run, exit status.
 
+use std::io::Write;
 use std::process::ExitCode;
 use std::rc::Rc;
 
@@ -22,6 +23,7 @@ fn main() -> ExitCode {
     let matches = Cli::command().get_matches();
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     log();
+    raise_descriptor_limit();
     let result = match &cli.command {
         Command::Serve(args) => run_serve(args),
         Command::Daemon(args) => {
@@ -32,7 +34,8 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("stonework: {}", error.report());
+            // Nobody may read it any more: the exit status tells all the same.
+            let _ = writeln!(std::io::stderr(), "stonework: {}", error.report());
             ExitCode::FAILURE
         }
     }
@@ -45,9 +48,22 @@ fn log() {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        // It would complain on standard error too, and end us if nobody reads that any more.
+        .log_internal_errors(false)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_target(false)
         .init();
+}
+
+/// Takes all the descriptors that the host allows: front-ends bring hundreds, one for each region of
+/// memory and up to three for each queue.
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::debug!(%error, "cannot raise the limit of descriptors");
+    }
 }
 
 fn run_serve(args: &ServeArgs) -> Result<(), Error> {

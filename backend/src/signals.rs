@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use blockcore::engine::{Engine, WatchId};
 use blockcore::{Error, ErrorKind};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGXFSZ};
 use signal_hook::low_level::pipe;
 
 /// The process's signals: those that stop it, and `SIGUSR1`, which prints counters.
@@ -33,6 +33,8 @@ impl Signals {
             signal_hook::flag::register(signal, Arc::clone(&stop_requested)).map_err(failed)?;
             pipe::register(signal, stop_end.try_clone().map_err(failed)?).map_err(failed)?;
         }
+        // Where files may not be as long as the disk (RLIMIT_FSIZE) a write fails, instead of killing us.
+        signal_hook::flag::register(SIGXFSZ, Arc::default()).map_err(failed)?;
         let (report, report_end) = UnixStream::pair().map_err(failed)?;
         pipe::register(SIGUSR1, report_end).map_err(failed)?;
         Ok(Self {

@@ -45,6 +45,8 @@ const CROWDING_LOOK: u32 = 512;
 const CROWDED: u64 = 64;
 /// How often queues whose guest cannot kick are looked at when idle.
 const UNKICKED_LOOK: Duration = Duration::from_millis(1);
+/// How long a queue that has reported a failed request only counts the next ones.
+const QUIET: Duration = Duration::from_secs(1);
 /// When a queue that should stop is reported as stuck.
 const STUCK: Duration = Duration::from_secs(1);
 
@@ -69,10 +71,10 @@ pub enum Command {
     /// it is not served here.
     Stop(QueueKey, oneshot::Sender<Option<RingState>>),
     /// Tell the guest of completions by another descriptor, or by none.
-    SetCall(QueueKey, Option<OwnedFd>, oneshot::Sender<()>),
-    /// Whether writes of a device may complete before they are stable. What was written before a
-    /// change to "not" is flushed before the reply.
-    SetWriteback(DeviceId, bool, oneshot::Sender<Result<(), IoError>>),
+    SetCall(QueueKey, Option<Arc<OwnedFd>>, oneshot::Sender<()>),
+    /// Whether writes of a device may complete before they are stable, from the reply on. What has
+    /// completed before is the caller's to flush.
+    SetWriteback(DeviceId, bool, oneshot::Sender<()>),
     /// End, once no queue is served.
     Exit,
 }
@@ -88,9 +90,9 @@ pub struct StartQueue {
     /// Readable when the guest kicks; `None` if it never does.
     pub kick: Option<Arc<OwnedFd>>,
     /// Written to when the guest is to be told.
-    pub call: Option<OwnedFd>,
+    pub call: Option<Arc<OwnedFd>>,
     /// Written to when the ring is broken.
-    pub error: Option<OwnedFd>,
+    pub error: Option<Arc<OwnedFd>>,
     /// The disk.
     pub plan: Arc<Plan>,
     /// What its requests are checked against and answered with.
@@ -141,8 +143,6 @@ struct Served {
     root: Rc<Root>,
     disk: Disk,
     writeback: Cell<bool>,
-    /// Something was written since the last flush began.
-    unflushed: Cell<bool>,
 }
 
 impl Served {
@@ -154,20 +154,13 @@ impl Served {
         }
     }
 
-    fn write_flags(&self) -> WriteFlags {
+    /// Comes between the end of a change and its completion. The mode that holds now counts, not the
+    /// one in which the change began: a guest that has left writeback sends no flush for it.
+    async fn settle(&self) -> Result<(), IoError> {
         match self.writeback.get() {
-            true => WriteFlags::empty(),
-            false => WriteFlags::STABLE,
+            true => Ok(()),
+            false => self.root.flush().await,
         }
-    }
-
-    async fn flush(&self) -> Result<(), IoError> {
-        self.unflushed.set(false);
-        let outcome = self.root.flush().await;
-        if outcome.is_err() {
-            self.unflushed.set(true);
-        }
-        outcome
     }
 }
 
@@ -184,14 +177,17 @@ struct Queue {
     ring: Ring,
     served: Rc<Served>,
     watch: Option<WatchId>,
-    call: Option<OwnedFd>,
-    error: Option<OwnedFd>,
+    call: Option<Arc<OwnedFd>>,
+    error: Option<Arc<OwnedFd>>,
     pending: Vec<Option<Pending>>,
     in_flight: usize,
     /// The guest will kick for the next request: there is no need to look.
     armed: bool,
     broken: bool,
     stopping: Option<Stopping>,
+    /// Until when failures are only counted, and how many were: a guest can make them at will.
+    quiet_until: Duration,
+    unsaid: u64,
     hang_up: Arc<dyn Fn() + Send + Sync>,
     stats: Arc<Stats>,
 }
@@ -395,7 +391,10 @@ impl Worker {
                 let _ = reply.send(());
             }
             Command::SetWriteback(device, writeback, reply) => {
-                self.set_writeback(device, writeback, reply);
+                if let Some(served) = self.disks.get(&device) {
+                    served.writeback.set(writeback);
+                }
+                let _ = reply.send(());
             }
             Command::Exit => self.exiting = true,
         }
@@ -426,7 +425,6 @@ impl Worker {
                 root,
                 disk: start.disk,
                 writeback: Cell::new(start.writeback),
-                unflushed: Cell::new(false),
             })
         });
         let served = Rc::clone(served);
@@ -444,6 +442,8 @@ impl Worker {
             armed: false,
             broken: false,
             stopping: None,
+            quiet_until: Duration::ZERO,
+            unsaid: 0,
             hang_up: start.hang_up,
             stats: start.stats,
         };
@@ -452,27 +452,6 @@ impl Worker {
             None => self.queues.push(Some(queue)),
         }
         let _ = reply.send(Ok(()));
-    }
-
-    fn set_writeback(
-        &self,
-        device: DeviceId,
-        writeback: bool,
-        reply: oneshot::Sender<Result<(), IoError>>,
-    ) {
-        let Some(served) = self.disks.get(&device).map(Rc::clone) else {
-            let _ = reply.send(Ok(()));
-            return;
-        };
-        served.writeback.set(writeback);
-        if writeback || !served.unflushed.get() {
-            let _ = reply.send(Ok(()));
-            return;
-        }
-        // A guest that leaves writeback sends no more flushes for what it wrote before.
-        self.context.spawn(async move {
-            let _ = reply.send(served.flush().await);
-        });
     }
 
     fn look_for_faults(&mut self) {
@@ -505,7 +484,9 @@ impl Worker {
         for _ in 0..self.batch {
             let begun = match queue.ring.pop(&mut self.chain) {
                 Ok(false) => break,
-                Ok(true) => queue.begin(slot, &mut self.chain, &self.context, &self.finished),
+                Ok(true) => queue
+                    .begin(slot, &mut self.chain, &self.context, &self.finished)
+                    .inspect_err(|_| queue.ring.put_back(self.chain.head)),
                 Err(error) => Err(error),
             };
             if !std::mem::replace(&mut popped, true) {
@@ -535,7 +516,15 @@ impl Worker {
         let pending = pending.expect("in flight until completed");
         let bytes = segments.bytes();
         let done = match result {
-            Ok(done) if done == bytes => return queue.complete(head, Ok(())),
+            Ok(done) if done == bytes => {
+                let changed = matches!(pending.request, Request::Write { .. });
+                if !changed || queue.served.writeback.get() {
+                    return queue.complete(head, Ok(()));
+                }
+                // The guest left writeback while this was under way.
+                let served = Rc::clone(&queue.served);
+                return spawn(&self.context, &self.finished, token, served, Task::Flush);
+            }
             Ok(done) => done,
             Err(Errno::INTR | Errno::AGAIN) => 0,
             Err(error) => return queue.complete(head, Err(error.into())),
@@ -616,23 +605,17 @@ enum Task {
 impl Task {
     async fn run(self, served: &Served) -> Result<(), IoError> {
         let root = &served.root;
-        let flags = served.write_flags();
+        let flags = WriteFlags::empty();
         match self {
-            Self::Read(offset, into) => root.read(offset, into).await,
-            Self::Write(offset, from) => {
-                served.unflushed.set(true);
-                root.write(offset, from, flags).await
-            }
-            Self::Flush => served.flush().await,
+            Self::Read(offset, into) => return root.read(offset, into).await,
+            Self::Flush => return root.flush().await,
+            Self::Write(offset, from) => root.write(offset, from, flags).await?,
             Self::Discard(ranges) => {
-                served.unflushed.set(true);
                 for range in ranges {
                     root.discard(range.offset, range.bytes, flags).await?;
                 }
-                Ok(())
             }
             Self::WriteZeroes(ranges) => {
-                served.unflushed.set(true);
                 for range in ranges {
                     let zero = match range.unmap {
                         true => ZeroFlags::MAY_UNMAP,
@@ -641,9 +624,9 @@ impl Task {
                     root.write_zeroes(range.offset, range.bytes, zero, flags)
                         .await?;
                 }
-                Ok(())
             }
         }
+        served.settle().await
     }
 }
 
@@ -678,7 +661,7 @@ impl Queue {
         );
     }
 
-    /// Starts a request, or completes it at once.
+    /// Starts a request, or completes it at once; after an error it has done neither.
     fn begin(
         &mut self,
         slot: usize,
@@ -731,7 +714,6 @@ impl Queue {
                 }
             }
             Request::Write { offset, .. } if served.writeback.get() => {
-                served.unflushed.set(true);
                 match served
                     .root
                     .start_write(offset, std::mem::take(&mut chain.readable), token)
@@ -790,16 +772,27 @@ impl Queue {
             Err(_) => Status::IoError,
         };
         if let Err(error) = result {
-            let pending = self.pending[usize::from(head)].as_ref();
-            tracing::warn!(
-                export = %self.served.disk.export,
-                queue = self.key.index,
-                request = ?pending.map(|pending| pending.request),
-                %error,
-                "a request failed"
-            );
+            self.report_failure(head, error);
         }
         self.finish(head, status);
+    }
+
+    fn report_failure(&mut self, head: u16, error: IoError) {
+        let now = self.served.root.context().engine().now();
+        if now < self.quiet_until {
+            self.unsaid += 1;
+            return;
+        }
+        self.quiet_until = now + QUIET;
+        let pending = self.pending[usize::from(head)].as_ref();
+        tracing::warn!(
+            export = %self.served.disk.export,
+            queue = self.key.index,
+            request = ?pending.map(|pending| pending.request),
+            %error,
+            unsaid = std::mem::take(&mut self.unsaid),
+            "a request failed"
+        );
     }
 
     fn finish(&mut self, head: u16, status: Status) {

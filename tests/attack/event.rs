@@ -144,6 +144,25 @@ fn a_call_like_this_blocks_nobody(call: BorrowedFd<'_>) {
 }
 
 #[test]
+fn a_file_is_nothing_to_be_called_by() {
+    // Writing to one can block for ever: its file system may be the attacker's own.
+    let arena = Arena::new();
+    let file = tempfile::tempfile().expect("no file");
+    for what in [
+        code::SET_VRING_KICK,
+        code::SET_VRING_CALL,
+        code::SET_VRING_ERR,
+    ] {
+        let frontend = arena.attacker();
+        let verdict = frontend
+            .connection
+            .try_tell(what, &0_u64.to_le_bytes(), &[file.as_fd()]);
+        assert!(verdict.is_refusal(), "message {what} was accepted");
+    }
+    arena.verdict();
+}
+
+#[test]
 fn a_full_pipe_for_a_call_blocks_nobody() {
     let (_reader, writer) = full_pipe();
     a_call_like_this_blocks_nobody(writer.as_fd());

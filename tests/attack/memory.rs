@@ -5,16 +5,20 @@ use std::io::pipe;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use harness::frontend::blk::{self, Request};
-use harness::frontend::connection::{Verdict, code, memory_region, memory_table, protocol};
+use harness::frontend::connection::{
+    Verdict, code, memory_region, memory_table, protocol, ring_state,
+};
 use harness::frontend::event::Event;
 use harness::frontend::memory::{Region, RegionEntry, USER_OFFSET, memory_file};
 use harness::frontend::ring::Part;
 use harness::frontend::{Frontend, LIMIT, MEMORY_BYTES, MEMORY_START, Wanted};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 use crate::{A_WHILE, Arena, Fate, SECTOR, breakage, breaks, fate, works};
 
 const EXTRA: u64 = 1 << 32;
 const EXTRA_BYTES: u64 = 1 << 20;
+const HUGE: u64 = 2 << 20;
 
 fn entry(guest_addr: u64, bytes: u64) -> RegionEntry {
     RegionEntry {
@@ -130,6 +134,50 @@ fn a_region_whose_descriptor_is_no_memory_is_refused() {
         (region, null.as_fd()),
         (region, socket.as_fd()),
     ]);
+}
+
+/// Huge pages, of which the host may have none: touching them is then an error.
+fn huge_memory() -> Option<OwnedFd> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+    let file = memfd_create("huge", flags).ok()?;
+    ftruncate(&file, HUGE).expect("a memory file can grow");
+    Some(file)
+}
+
+#[test]
+fn a_part_of_a_huge_page_is_refused() {
+    let Some(file) = huge_memory() else {
+        return eprintln!("this host has no huge pages at all");
+    };
+    regions_are_refused(&[
+        (entry(EXTRA, 4096), file.as_fd()),
+        (entry(EXTRA, HUGE - 4096), file.as_fd()),
+    ]);
+}
+
+#[test]
+fn a_ring_in_huge_pages_that_the_host_does_not_have_harms_nobody_else() {
+    let arena = Arena::new();
+    for bytes in [4096, HUGE] {
+        let Some(file) = huge_memory() else {
+            return eprintln!("this host has no huge pages at all");
+        };
+        let mut frontend = arena.attacker();
+        if add(&frontend, entry(EXTRA, bytes), file.as_fd()).is_refusal() {
+            continue;
+        }
+        let mut ring = frontend.new_ring(0, 64);
+        ring.areas.used = EXTRA;
+        // Its first store there may end the connection at any of these messages.
+        let _ = frontend.try_set_up(&ring, 0);
+        let enable = ring_state(0, 1);
+        let _ = frontend
+            .connection
+            .try_tell(code::SET_VRING_ENABLE, &enable, &[]);
+        std::thread::sleep(A_WHILE);
+        arena.load.goes_on();
+    }
+    arena.verdict();
 }
 
 #[test]

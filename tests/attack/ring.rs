@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use harness::frontend::blk::{self, Request};
 use harness::frontend::connection::{Verdict, code, ring_addresses, ring_state};
 use harness::frontend::memory::USER_OFFSET;
-use harness::frontend::ring::Ring;
+use harness::frontend::ring::{Part, Ring};
 use harness::frontend::{Frontend, MEMORY_BYTES, MEMORY_START};
 
 use crate::{A_WHILE, Arena, Fate, SECTOR, breaks, content, fate, works};
@@ -34,6 +34,36 @@ fn breaks_its_queue_only(attack: impl Fn(&mut Frontend, &mut Ring)) {
             ring.reset();
             frontend.start(&ring, 0);
             works(&mut frontend, &mut ring);
+        }
+    }
+    arena.verdict();
+}
+
+#[test]
+fn what_breaks_a_ring_is_not_counted_as_taken() {
+    let arena = Arena::new();
+    {
+        let mut frontend = arena.attacker();
+        let mut ring = frontend.start_queue(0, 64);
+        works(&mut frontend, &mut ring);
+        // No writable byte for the status: popped, and no request.
+        let addr = frontend.heap.take(16, 16);
+        frontend
+            .memory
+            .write(addr, &blk::header(blk::kind::FLUSH, 0));
+        let head = ring.lay_out(&[Part::readable(addr, 16)]);
+        for head in [head, 64] {
+            ring.offer(head);
+            ring.publish();
+            ring.kick.signal();
+            assert_eq!(breaks(&frontend, &ring), Fate::Broken);
+            let base = frontend.stop_queue(&ring);
+            assert_eq!(base, ring.used_index(), "the next completion leaves a gap");
+            // Once more, with another chain in its place.
+            ring.reset();
+            frontend.start(&ring, 0);
+            works(&mut frontend, &mut ring);
+            ring.error.take();
         }
     }
     arena.verdict();

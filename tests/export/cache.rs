@@ -1,8 +1,10 @@
 //! The cache mode, as it begins and as the guest switches it.
 
+use harness::daemon::eventually;
 use harness::frontend::blk::{self, Request, kind};
 use harness::frontend::connection::{code, config_access};
 use harness::frontend::ring::Part;
+use rustix::process::Signal;
 
 use crate::{DISK_SECTORS, Disk, SECTOR, content, with_reads_in_flight};
 #[test]
@@ -55,6 +57,34 @@ fn the_guest_switches_the_cache_mode_while_it_writes() {
         frontend.write(&mut ring, 1000 + round, &[round as u8; SECTOR]);
         frontend.succeed(&mut ring, &Request::flush());
     }
+}
+
+/// Syncs that the daemon has asked the host for.
+fn host_syncs(disk: &Disk) -> u64 {
+    let reports = |disk: &Disk| disk.daemon.errors().matches("host_syncs=").count();
+    let before = reports(disk);
+    disk.daemon.signal(Signal::USR1);
+    eventually("the counters are printed", || reports(disk) > before);
+    let said = disk.daemon.errors();
+    let count = said.rsplit("host_syncs=").next().expect("just seen");
+    let digits = count.split_whitespace().next().expect("a number follows");
+    digits.parse().expect("a number")
+}
+
+#[test]
+fn leaving_writeback_makes_durable_what_a_queue_wrote_before_it_was_stopped() {
+    let disk = Disk::serve(&[]);
+    let mut frontend = disk.connect();
+    let mut ring = frontend.start_queue(0, 64);
+    frontend.write(&mut ring, 5, &[0x17; SECTOR]);
+    let base = frontend.stop_queue(&ring);
+    frontend.start(&ring, base);
+    let before = host_syncs(&disk);
+    frontend.set_writeback(0);
+    assert!(
+        host_syncs(&disk) > before,
+        "the write is not durable, and the guest sends no flush for it any more"
+    );
 }
 
 #[test]

@@ -1,11 +1,13 @@
 //! How it begins and ends, and the options that change how it works.
 
 use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
 
-use harness::daemon::{Daemon, Place, eventually, run, stonework};
+use harness::daemon::{Daemon, Place, eventually, run, serve, stonework};
 use harness::frontend::blk::{self, Request};
 use harness::frontend::{Frontend, LIMIT};
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::{MIB, SECTOR, serves, text};
 
@@ -166,4 +168,90 @@ fn every_engine_and_number_of_workers_serves() {
         }
         daemon.stop();
     }
+}
+
+/// `serve` under a limit that the shell sets.
+fn limited(limit: &str, disk: &Path, socket: &Path, options: &[&str]) -> Command {
+    let serve = serve(disk, socket, options);
+    let mut shell = Command::new("sh");
+    shell
+        .arg("-c")
+        .arg(format!("{limit} && exec \"$@\""))
+        .arg("sh")
+        .arg(serve.get_program())
+        .args(serve.get_args());
+    shell
+}
+
+#[test]
+fn every_queue_can_be_used_whatever_the_soft_limit_of_descriptors() {
+    const QUEUES: u32 = 96;
+    let place = Place::new();
+    let disk = place.sparse("disk.raw", MIB);
+    let socket = place.join("vm.sock");
+    let command = limited("ulimit -Sn 256", &disk, &socket, &["--queues", "96"]);
+    let daemon = Daemon::start_announced(command);
+    {
+        let mut frontend = Frontend::connect(&socket);
+        let mut rings: Vec<_> = (0..QUEUES)
+            .map(|queue| frontend.start_queue(queue, 8))
+            .collect();
+        for ring in &mut rings {
+            ring.ask_for_call(ring.used_index());
+            let mark = frontend.heap.mark();
+            frontend.submit(ring, &Request::read(0, SECTOR));
+            let called = ring.call.wait(LIMIT);
+            assert!(called, "queue {} is never called", ring.queue);
+            ring.pop();
+            frontend.heap.release(mark);
+        }
+    }
+    daemon.stop();
+}
+
+#[test]
+fn a_limit_of_file_lengths_makes_writes_fail_and_nothing_else() {
+    let place = Place::new();
+    let disk = place.sparse("disk.raw", MIB);
+    let socket = place.join("vm.sock");
+    for engine in ["threads", "auto"] {
+        let command = limited("ulimit -f 64", &disk, &socket, &["--engine", engine]);
+        let mut daemon = Daemon::start_announced(command);
+        {
+            let mut frontend = Frontend::connect(&socket);
+            let mut ring = frontend.start_queue(0, 64);
+            frontend.write(&mut ring, 0, &[1; SECTOR]);
+            for bytes in [SECTOR, 128 << 10] {
+                let beyond = Request::write(1024, &vec![1; bytes]);
+                assert_eq!(frontend.status(&mut ring, &beyond), blk::IOERR, "{engine}");
+            }
+            assert!(frontend.read(&mut ring, 0, SECTOR) == [1; SECTOR]);
+        }
+        daemon.assert_running();
+        daemon.stop();
+    }
+}
+
+#[test]
+fn nobody_to_read_what_it_says_is_no_reason_to_end() {
+    let place = Place::new();
+    let disk = place.sparse("disk.raw", MIB);
+    let socket = place.join("vm.sock");
+    let mut command = serve(&disk, &socket, &[]);
+    let (reader, writer) = std::io::pipe().expect("no pipe");
+    drop(reader);
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(writer.try_clone().expect("no descriptor"))
+        .stderr(writer)
+        .spawn()
+        .expect("it can be started");
+    eventually("it listens", || socket.exists());
+    serves(&socket);
+    let pid = Pid::from_child(&child);
+    kill_process(pid, Signal::USR1).expect("it runs");
+    serves(&socket);
+    kill_process(pid, Signal::TERM).expect("it still runs");
+    let status = child.wait().expect("it was started");
+    assert!(status.success(), "{status}");
 }

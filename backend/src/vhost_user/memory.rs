@@ -18,7 +18,9 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{
+    AtomicBool, AtomicU16, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence,
+};
 use std::sync::{Arc, Mutex, Once};
 
 use blockcore::io::buffer::Segments;
@@ -26,6 +28,11 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, Mmap
 
 /// As many regions as a front-end may have: what `GET_MAX_MEM_SLOTS` tells.
 pub const MAX_REGIONS: usize = 509;
+
+/// `HUGETLBFS_MAGIC` of the kernel's `linux/magic.h`.
+const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
+/// `FUSE_SUPER_MAGIC` of the same.
+const FUSE_MAGIC: u64 = 0x6573_5546;
 
 /// One region as a front-end describes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,7 +79,8 @@ impl Region {
     ///
     /// # Errors
     ///
-    /// The region is empty, wraps around, is longer than the file, or the host refuses to map it.
+    /// The region is empty, wraps around, is longer than the file or is part of a huge page; an access
+    /// to the file could block for ever; or the host refuses to map it.
     pub fn map(spec: RegionSpec, file: OwnedFd) -> Result<Arc<Self>, MemoryError> {
         let refuse = |why: &str| {
             Err(MemoryError(format!(
@@ -97,6 +105,21 @@ impl Region {
         };
         if length < spec.file_offset + spec.bytes {
             return refuse(&format!("its file has only {length:#x} bytes"));
+        }
+        let system = match rustix::fs::fstatfs(&file) {
+            Ok(system) => system,
+            Err(error) => return refuse(&format!("its file cannot be examined: {error}")),
+        };
+        let page = match system.f_type as u64 & 0xffff_ffff {
+            // Such mappings are made, replaced and removed in whole pages only.
+            HUGETLBFS_MAGIC => system.f_bsize as u64,
+            FUSE_MAGIC => {
+                return refuse("its file system is a process that may never give us the memory");
+            }
+            _ => 1,
+        };
+        if !spec.bytes.is_multiple_of(page) || !spec.file_offset.is_multiple_of(page) {
+            return refuse(&format!("it is not of whole huge pages ({page:#x} bytes)"));
         }
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
@@ -373,13 +396,42 @@ const WATCHES: usize = 16384;
 
 /// A mapping as the signal handler knows it. `begin` is zero while the entry is free.
 struct Entry {
+    /// Odd while the entry changes, and never the same twice.
+    version: AtomicUsize,
     begin: AtomicUsize,
     bytes: AtomicUsize,
     faulted: AtomicBool,
 }
 
+impl Entry {
+    /// Under the lock of the free list.
+    fn set(&self, begin: usize, bytes: usize) {
+        let version = self.version.load(Ordering::Relaxed);
+        self.version
+            .store(version.wrapping_add(1), Ordering::Relaxed);
+        fence(Ordering::Release);
+        self.begin.store(begin, Ordering::Relaxed);
+        self.bytes.store(bytes, Ordering::Relaxed);
+        self.version
+            .store(version.wrapping_add(2), Ordering::Release);
+    }
+
+    /// Where the mapping is, if `address` is in it. One that goes or comes meanwhile is not the one
+    /// that is being accessed.
+    fn mapping_of(&self, address: usize) -> Option<(usize, usize)> {
+        let version = self.version.load(Ordering::Acquire);
+        let begin = self.begin.load(Ordering::Relaxed);
+        let bytes = self.bytes.load(Ordering::Relaxed);
+        fence(Ordering::Acquire);
+        let steady = version.is_multiple_of(2) && self.version.load(Ordering::Relaxed) == version;
+        let inside = begin != 0 && address.checked_sub(begin).is_some_and(|at| at < bytes);
+        (steady && inside).then_some((begin, bytes))
+    }
+}
+
 static ENTRIES: [Entry; WATCHES] = [const {
     Entry {
+        version: AtomicUsize::new(0),
         begin: AtomicUsize::new(0),
         bytes: AtomicUsize::new(0),
         faulted: AtomicBool::new(false),
@@ -396,7 +448,7 @@ static INSTALL: Once = Once::new();
 
 /// How often memory of any guest was cut short; a worker that sees it grow looks at its maps.
 pub fn faults() -> u32 {
-    FAULTS.load(Ordering::Relaxed)
+    FAULTS.load(Ordering::Acquire)
 }
 
 /// A mapping's entry in the table.
@@ -419,8 +471,7 @@ impl Watch {
         };
         let entry = &ENTRIES[index];
         entry.faulted.store(false, Ordering::Relaxed);
-        entry.bytes.store(bytes, Ordering::Relaxed);
-        entry.begin.store(begin, Ordering::Release);
+        entry.set(begin, bytes);
         Ok(Self(index))
     }
 
@@ -431,8 +482,9 @@ impl Watch {
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        ENTRIES[self.0].begin.store(0, Ordering::Release);
-        FREE.lock().expect("no panic while counting").push(self.0);
+        let mut free = FREE.lock().expect("no panic while counting");
+        ENTRIES[self.0].set(0, 0);
+        free.push(self.0);
     }
 }
 
@@ -457,11 +509,9 @@ extern "C" fn on_bus_error(
     // SAFETY: the kernel passes a valid `siginfo_t` to a handler with `SA_SIGINFO`.
     let address = unsafe { (*info).si_addr() } as usize;
     for entry in &ENTRIES[..USED.load(Ordering::Acquire)] {
-        let begin = entry.begin.load(Ordering::Acquire);
-        let bytes = entry.bytes.load(Ordering::Relaxed);
-        if begin == 0 || address < begin || address - begin >= bytes {
+        let Some((begin, bytes)) = entry.mapping_of(address) else {
             continue;
-        }
+        };
         // SAFETY: the range is a mapping of this process that a `Region` owns; replacing it in place
         // leaves every pointer into it valid. The region unmaps whatever is there when it goes.
         let replaced = unsafe {
@@ -476,7 +526,8 @@ extern "C" fn on_bus_error(
         };
         if replaced != libc::MAP_FAILED {
             entry.faulted.store(true, Ordering::Release);
-            FAULTS.fetch_add(1, Ordering::Relaxed);
+            // After the mark, which whoever sees the new count must see too.
+            FAULTS.fetch_add(1, Ordering::Release);
             return;
         }
         break;

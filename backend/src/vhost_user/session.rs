@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
-use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::fs::{AtFlags, FileType, OFlags, StatxFlags, fcntl_getfl, fcntl_setfl, statx};
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
     VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig,
@@ -134,8 +134,8 @@ struct Vring {
     next: u16,
     /// Set by `SET_VRING_KICK`; the inner `None` is a guest that never kicks.
     kick: Option<Option<Arc<OwnedFd>>>,
-    call: Option<OwnedFd>,
-    error: Option<OwnedFd>,
+    call: Option<Arc<OwnedFd>>,
+    error: Option<Arc<OwnedFd>>,
     enabled: bool,
     running: bool,
 }
@@ -237,13 +237,12 @@ impl Session {
             next: vring.next,
             event_index: self.has(VIRTIO_RING_F_EVENT_IDX),
         };
-        let copy = |fd: &Option<OwnedFd>| fd.as_ref().and_then(|fd| fd.try_clone().ok());
         let setup = QueueSetup {
             ring,
             memory: Arc::clone(&self.memory),
             kick: kick.clone(),
-            call: copy(&vring.call),
-            error: copy(&vring.error),
+            call: vring.call.clone(),
+            error: vring.error.clone(),
             guest_flushes: self.has(VIRTIO_BLK_F_FLUSH) || self.has(VIRTIO_BLK_F_CONFIG_WCE),
             hang_up: Arc::clone(&self.hang_up),
         };
@@ -312,21 +311,29 @@ impl Session {
     }
 
     /// A descriptor to kick or be told by. Never waited on, whatever it is.
-    fn adopt(&mut self, file: Option<File>) -> Result<Option<OwnedFd>> {
+    fn adopt(&mut self, file: Option<File>) -> Result<Option<Arc<OwnedFd>>> {
         let Some(file) = file else {
             return Ok(None);
         };
         let fd = OwnedFd::from(file);
-        // Holding the front-end's own end of the connection would hide that it goes away.
-        let socket = rustix::fs::fstat(&fd)
-            .map(|stat| rustix::fs::FileType::from_raw_mode(stat.st_mode))
-            .is_ok_and(|kind| kind == rustix::fs::FileType::Socket);
-        if socket {
-            return self.refuse("a socket cannot be kicked or called by");
+        // As it is known here: asking its file system could block for ever.
+        let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+        let kind = match statx(&fd, c"", flags, StatxFlags::TYPE) {
+            Ok(found) => FileType::from_raw_mode(u32::from(found.stx_mode)),
+            Err(error) => return self.refuse(format!("a descriptor cannot be examined: {error}")),
+        };
+        match kind {
+            // Holding the front-end's own end of the connection would hide that it goes away.
+            FileType::Socket => return self.refuse("a socket cannot be kicked or called by"),
+            // These block whatever their flags say, a worker too, if their file system does.
+            FileType::RegularFile | FileType::Directory | FileType::BlockDevice => {
+                return self.refuse("a file cannot be kicked or called by");
+            }
+            _ => {}
         }
         let set = fcntl_getfl(&fd).and_then(|flags| fcntl_setfl(&fd, flags | OFlags::NONBLOCK));
         match set {
-            Ok(()) => Ok(Some(fd)),
+            Ok(()) => Ok(Some(Arc::new(fd))),
             Err(error) => self.refuse(format!("a descriptor cannot be made non-blocking: {error}")),
         }
     }
@@ -497,7 +504,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
         let index = u32::from(index);
         self.vring(index)?;
-        let kick = self.adopt(fd)?.map(Arc::new);
+        let kick = self.adopt(fd)?;
         self.stop(index as usize);
         self.vring(index)?.kick = Some(kick);
         self.settle(index as usize)
@@ -507,20 +514,15 @@ impl VhostUserBackendReqHandlerMut for Session {
         let index = u32::from(index);
         self.vring(index)?;
         let call = self.adopt(fd)?;
-        let copy = call.as_ref().and_then(|fd| fd.try_clone().ok());
         let vring = self.vring(index)?;
-        vring.call = call;
+        vring.call.clone_from(&call);
         if !vring.running {
             return Ok(());
         }
         let set = self.control.queue(&self.export, move |export| async move {
-            export.set_call(index as u16, copy).await
+            export.set_call(index as u16, call).await;
         });
-        match set {
-            Some(Ok(())) => Ok(()),
-            Some(Err(error)) => self.refuse(format!("queue {index}: {error}")),
-            None => Err(Error::Disconnected),
-        }
+        set.ok_or(Error::Disconnected)
     }
 
     fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Result<()> {

@@ -280,7 +280,7 @@ impl Ring {
     ///
     /// # Errors
     ///
-    /// The ring is broken: nothing more may be taken from it.
+    /// The ring is broken: nothing more may be taken from it. It is where it was before the call.
     pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
         let index = self.available.load_u16(INDEX, Ordering::Acquire);
         let waiting = index.wrapping_sub(self.state.next);
@@ -292,16 +292,22 @@ impl Ring {
         }
         let place = self.entry(self.state.next, 2);
         let head = self.available.load_u16(place, Ordering::Relaxed);
-        self.state.next = self.state.next.wrapping_add(1);
-        let place = self
-            .in_flight
-            .get_mut(usize::from(head))
-            .ok_or(RingError::NoSuchDescriptor(head))?;
-        if std::mem::replace(place, true) {
-            return Err(RingError::HeadInFlight(head));
+        match self.in_flight.get(usize::from(head)) {
+            None => return Err(RingError::NoSuchDescriptor(head)),
+            Some(true) => return Err(RingError::HeadInFlight(head)),
+            Some(false) => {}
         }
         self.walk(head, chain)?;
+        self.in_flight[usize::from(head)] = true;
+        self.state.next = self.state.next.wrapping_add(1);
         Ok(true)
+    }
+
+    /// Undoes the last [`pop`](Self::pop), of a chain that turned out to be no request. What was not
+    /// completed does not count as taken, or the used ring would get a gap when it is made anew.
+    pub fn put_back(&mut self, head: u16) {
+        self.in_flight[usize::from(head)] = false;
+        self.state.next = self.state.next.wrapping_sub(1);
     }
 
     /// Follows a chain through its table, and through the indirect table that may end it.
@@ -612,7 +618,15 @@ mod tests {
         guest.describe(0x1000, 2, (0x5000, 1, WRITE, 0));
         guest.offer(2).unwrap().unwrap();
         assert_eq!(guest.offer(2).unwrap_err(), RingError::HeadInFlight(2));
-        assert_eq!(guest.offer(9).unwrap_err(), RingError::NoSuchDescriptor(9));
+    }
+
+    #[test]
+    fn a_head_that_does_not_exist_is_none_and_stays_next() {
+        let mut guest = guest();
+        for _ in 0..2 {
+            assert_eq!(guest.offer(9).unwrap_err(), RingError::NoSuchDescriptor(9));
+            assert_eq!(guest.ring.state().next, 0);
+        }
     }
 
     #[test]

@@ -231,3 +231,21 @@ fn a_watched_pipe_whose_writer_is_gone_does_not_keep_the_worker_busy() {
         engine.unwatch(watch);
     }
 }
+
+#[test]
+fn an_engine_that_is_dropped_has_let_go_of_every_segment() {
+    const BYTES: usize = 64 << 20;
+    for engine in engines() {
+        let file = scratch(&*engine);
+        let write = Op::Write {
+            file: file.id(),
+            offset: 0,
+            segments: Segments::allocate(BYTES, 4096),
+        };
+        drop(OpFuture::start(&*engine, write));
+        let name = engine.name();
+        drop(engine);
+        let written = rustix::fs::fstat(file.fd().unwrap()).unwrap().st_size;
+        assert_eq!(written, BYTES as i64, "{name} may still be reading them");
+    }
+}

@@ -363,6 +363,17 @@ impl Engine for Threads {
     }
 }
 
+impl Drop for Threads {
+    fn drop(&mut self) {
+        // The pool may still use the segments: wait for every operation, whoever asked.
+        let mut events = Vec::new();
+        while self.in_flight.get() > 0 {
+            self.sleeper.falling_asleep();
+            self.wait(&mut events, None);
+        }
+    }
+}
+
 /// A host call on the pool, for every real engine.
 pub(super) fn host_on_pool(call: HostCall) -> LocalBoxFuture<'static, Result<HostReply, Errno>> {
     let (answer, reply) = futures_channel::oneshot::channel();
