@@ -10,26 +10,29 @@
 //! Invariants: a request is completed exactly once, by the worker that popped it, and after its last
 //! access to the guest's memory. A queue leaves the worker only with nothing of it in flight.
 
-use std::cell::{Cell, RefCell};
+mod disk;
+mod queue;
+
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use blockcore::IoError;
-use blockcore::driver::{WriteFlags, ZeroFlags};
-use blockcore::engine::{Engine, Errno, Event, OpResult, WatchId};
-use blockcore::io::buffer::{Byte, Segments};
+use blockcore::engine::{Errno, Event, OpResult, WatchId};
+use blockcore::io::buffer::Segments;
 use blockcore::io::{IoContext, Plan, Root};
 use blockcore::mailbox::Mailbox;
 use futures_channel::oneshot;
 
+pub use self::disk::{Disk, Stats};
+use self::disk::{Finished, Served, Task, spawn, split};
+use self::queue::{Queue, Stopping};
 use crate::polling::Polling;
 use crate::vhost_user::memory::{self, GuestMap, GuestView};
-use crate::virtio::blk::{self, Geometry, Range, Request, Status};
-use crate::virtio::queue::{Chain, Ring, RingError, RingState};
+use crate::virtio::blk::{self, Request};
+use crate::virtio::queue::{Chain, Ring, RingState};
 
 /// Requests taken from one queue before the others and the host have their turn.
 const BATCH: usize = 16;
@@ -45,8 +48,6 @@ const CROWDING_LOOK: u32 = 512;
 const CROWDED: u64 = 64;
 /// How often queues whose guest cannot kick are looked at when idle.
 const UNKICKED_LOOK: Duration = Duration::from_millis(1);
-/// How long a queue that has reported a failed request only counts the next ones.
-const QUIET: Duration = Duration::from_secs(1);
 /// When a queue that should stop is reported as stuck.
 const STUCK: Duration = Duration::from_secs(1);
 
@@ -104,103 +105,6 @@ pub struct StartQueue {
     /// What is counted.
     pub stats: Arc<Stats>,
 }
-
-/// What the device is besides its plan.
-#[derive(Clone, Debug)]
-pub struct Disk {
-    /// For messages.
-    pub export: Arc<str>,
-    /// Smallest unit of a request.
-    pub block_bytes: u32,
-    /// Nothing may be changed.
-    pub read_only: bool,
-    /// What GET_ID answers.
-    pub id: [u8; blk::ID_BYTES],
-}
-
-/// Counters of one queue. Only the worker that serves it adds; anybody may read.
-#[derive(Default)]
-pub struct Stats {
-    /// Reads completed, failed ones included.
-    pub reads: AtomicU64,
-    /// Writes completed, failed ones included.
-    pub writes: AtomicU64,
-    /// Flushes completed, failed ones included.
-    pub flushes: AtomicU64,
-    /// Discards and zeroings completed, failed ones included.
-    pub ranges: AtomicU64,
-    /// Requests that did not end well, invalid ones included.
-    pub errors: AtomicU64,
-}
-
-fn count(counter: &AtomicU64) {
-    // One writer: no need of an atomic addition.
-    counter.store(counter.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
-}
-
-/// The disk of a device, as far as this worker serves it.
-struct Served {
-    root: Rc<Root>,
-    disk: Disk,
-    writeback: Cell<bool>,
-}
-
-impl Served {
-    fn geometry(&self) -> Geometry {
-        Geometry {
-            bytes: self.root.plan().bytes(),
-            block_bytes: self.disk.block_bytes,
-            read_only: self.disk.read_only,
-        }
-    }
-
-    /// Comes between the end of a change and its completion. The mode that holds now counts, not the
-    /// one in which the change began: a guest that has left writeback sends no flush for it.
-    async fn settle(&self) -> Result<(), IoError> {
-        match self.writeback.get() {
-            true => Ok(()),
-            false => self.root.flush().await,
-        }
-    }
-}
-
-/// A request that was popped and is not completed.
-struct Pending {
-    request: Request,
-    status: Byte,
-    /// Bytes written to the guest if it succeeds.
-    written: u32,
-}
-
-struct Queue {
-    key: QueueKey,
-    ring: Ring,
-    served: Rc<Served>,
-    watch: Option<WatchId>,
-    call: Option<Arc<OwnedFd>>,
-    error: Option<Arc<OwnedFd>>,
-    pending: Vec<Option<Pending>>,
-    in_flight: usize,
-    /// The guest will kick for the next request: there is no need to look.
-    armed: bool,
-    broken: bool,
-    stopping: Option<Stopping>,
-    /// Until when failures are only counted, and how many were: a guest can make them at will.
-    quiet_until: Duration,
-    unsaid: u64,
-    hang_up: Arc<dyn Fn() + Send + Sync>,
-    stats: Arc<Stats>,
-}
-
-/// A queue that takes no more requests and ends when none is in flight.
-struct Stopping {
-    reply: oneshot::Sender<Option<RingState>>,
-    /// When those who wait for it should read why, if it has not ended.
-    report_at: Option<Duration>,
-}
-
-/// Outcomes of requests that took the slow way, on their way back to their queues.
-type Finished = Rc<RefCell<Vec<(u64, Result<(), IoError>)>>>;
 
 /// See the module's header.
 pub struct Worker {
@@ -338,7 +242,8 @@ impl Worker {
         true
     }
 
-    fn sleep(&mut self) {
+    /// Sleeps until something happens, after [`arm`](Self::arm) has allowed it.
+    pub fn sleep(&mut self) {
         let unkicked = self
             .queues
             .iter()
@@ -582,278 +487,5 @@ impl Worker {
                 self.disks.remove(&device);
             }
         }
-    }
-}
-
-fn token(slot: usize, head: u16) -> u64 {
-    (slot as u64) << 16 | u64::from(head)
-}
-
-fn split(token: u64) -> (usize, u16) {
-    ((token >> 16) as usize, token as u16)
-}
-
-/// A request that takes the slow way.
-enum Task {
-    Read(u64, Segments),
-    Write(u64, Segments),
-    Flush,
-    Discard(Vec<Range>),
-    WriteZeroes(Vec<Range>),
-}
-
-impl Task {
-    async fn run(self, served: &Served) -> Result<(), IoError> {
-        let root = &served.root;
-        let flags = WriteFlags::empty();
-        match self {
-            Self::Read(offset, into) => return root.read(offset, into).await,
-            Self::Flush => return root.flush().await,
-            Self::Write(offset, from) => root.write(offset, from, flags).await?,
-            Self::Discard(ranges) => {
-                for range in ranges {
-                    root.discard(range.offset, range.bytes, flags).await?;
-                }
-            }
-            Self::WriteZeroes(ranges) => {
-                for range in ranges {
-                    let zero = match range.unmap {
-                        true => ZeroFlags::MAY_UNMAP,
-                        false => ZeroFlags::empty(),
-                    };
-                    root.write_zeroes(range.offset, range.bytes, zero, flags)
-                        .await?;
-                }
-            }
-        }
-        served.settle().await
-    }
-}
-
-fn spawn(context: &IoContext, finished: &Finished, token: u64, served: Rc<Served>, task: Task) {
-    let finished = Rc::clone(finished);
-    context.spawn(async move {
-        let result = task.run(&served).await;
-        finished.borrow_mut().push((token, result));
-    });
-}
-
-impl Queue {
-    fn may_pop(&self) -> bool {
-        !self.broken && self.stopping.is_none()
-    }
-
-    /// Says, once, which requests a stop has been waiting for.
-    fn report_stuck(&mut self, engine: &dyn Engine) {
-        let Some(stopping) = &mut self.stopping else {
-            return;
-        };
-        if stopping.report_at.is_none_or(|at| engine.now() < at) {
-            return;
-        }
-        stopping.report_at = None;
-        let waits: Vec<_> = self.pending.iter().flatten().map(|p| p.request).collect();
-        tracing::warn!(
-            export = %self.served.disk.export,
-            queue = self.key.index,
-            ?waits,
-            "still waiting for the host to finish requests"
-        );
-    }
-
-    /// Starts a request, or completes it at once; after an error it has done neither.
-    fn begin(
-        &mut self,
-        slot: usize,
-        chain: &mut Chain,
-        context: &IoContext,
-        finished: &Finished,
-    ) -> Result<(), RingError> {
-        let head = chain.head;
-        let no_status = RingError::NoStatus(head);
-        if chain.outside && !chain.status_inside {
-            return Err(no_status);
-        }
-        let status = chain.writable.take_last_byte().ok_or(no_status)?;
-        let mut header = [0; blk::HEADER_BYTES as usize];
-        let whole = !chain.outside && chain.readable.copy_to(&mut header) == header.len();
-        let request = if whole {
-            chain.readable.skip(blk::HEADER_BYTES);
-            let (readable, writable) = (chain.readable.bytes(), chain.writable.bytes());
-            blk::parse(header, readable, writable, self.served.geometry())
-        } else {
-            Err(Status::IoError)
-        };
-        let request = match request {
-            Ok(request) => request,
-            Err(refused) => {
-                count(&self.stats.errors);
-                status.set(refused as u8);
-                self.ring.push(head, 1);
-                return Ok(());
-            }
-        };
-        self.in_flight += 1;
-        self.pending[usize::from(head)] = Some(Pending {
-            request,
-            status,
-            written: 1,
-        });
-        let served = Rc::clone(&self.served);
-        let token = token(slot, head);
-        let task = match request {
-            Request::Read { offset, bytes } => {
-                let written = u32::try_from(bytes + 1).unwrap_or(u32::MAX);
-                self.set_written(head, written);
-                match served
-                    .root
-                    .start_read(offset, std::mem::take(&mut chain.writable), token)
-                {
-                    Ok(()) => return Ok(()),
-                    Err(into) => Task::Read(offset, into),
-                }
-            }
-            Request::Write { offset, .. } if served.writeback.get() => {
-                match served
-                    .root
-                    .start_write(offset, std::mem::take(&mut chain.readable), token)
-                {
-                    Ok(()) => return Ok(()),
-                    Err(from) => Task::Write(offset, from),
-                }
-            }
-            Request::Write { offset, .. } => {
-                Task::Write(offset, std::mem::take(&mut chain.readable))
-            }
-            Request::Flush => Task::Flush,
-            Request::GetId => {
-                let bytes = chain.writable.copy_from(&served.disk.id);
-                self.set_written(head, bytes as u32 + 1);
-                self.complete(head, Ok(()));
-                return Ok(());
-            }
-            Request::Discard { .. } | Request::WriteZeroes { .. } => {
-                let discard = matches!(request, Request::Discard { .. });
-                match self.ranges(&chain.readable, discard) {
-                    Ok(ranges) if discard => Task::Discard(ranges),
-                    Ok(ranges) => Task::WriteZeroes(ranges),
-                    Err(refused) => {
-                        self.finish(head, refused);
-                        return Ok(());
-                    }
-                }
-            }
-        };
-        spawn(context, finished, token, served, task);
-        Ok(())
-    }
-
-    fn set_written(&mut self, head: u16, written: u32) {
-        if let Some(pending) = &mut self.pending[usize::from(head)] {
-            pending.written = written;
-        }
-    }
-
-    /// Reads the ranges, once, and checks them all before the first takes effect.
-    fn ranges(&self, readable: &Segments, discard: bool) -> Result<Vec<Range>, Status> {
-        let geometry = self.served.geometry();
-        let raw = readable.to_vec();
-        let (raw, rest) = raw.as_chunks::<{ blk::RANGE_BYTES as usize }>();
-        debug_assert!(rest.is_empty(), "whole ranges, checked by the parser");
-        raw.iter()
-            .map(|raw| blk::parse_range(*raw, discard, geometry))
-            .collect()
-    }
-
-    fn complete(&mut self, head: u16, result: Result<(), IoError>) {
-        let status = match result {
-            Ok(()) => Status::Ok,
-            Err(IoError::Unsupported) => Status::Unsupported,
-            Err(_) => Status::IoError,
-        };
-        if let Err(error) = result {
-            self.report_failure(head, error);
-        }
-        self.finish(head, status);
-    }
-
-    fn report_failure(&mut self, head: u16, error: IoError) {
-        let now = self.served.root.context().engine().now();
-        if now < self.quiet_until {
-            self.unsaid += 1;
-            return;
-        }
-        self.quiet_until = now + QUIET;
-        let pending = self.pending[usize::from(head)].as_ref();
-        tracing::warn!(
-            export = %self.served.disk.export,
-            queue = self.key.index,
-            request = ?pending.map(|pending| pending.request),
-            %error,
-            unsaid = std::mem::take(&mut self.unsaid),
-            "a request failed"
-        );
-    }
-
-    fn finish(&mut self, head: u16, status: Status) {
-        let pending = self.pending[usize::from(head)].take();
-        let pending = pending.expect("completed exactly once");
-        self.in_flight -= 1;
-        count(match pending.request {
-            Request::Read { .. } | Request::GetId => &self.stats.reads,
-            Request::Write { .. } => &self.stats.writes,
-            Request::Flush => &self.stats.flushes,
-            Request::Discard { .. } | Request::WriteZeroes { .. } => &self.stats.ranges,
-        });
-        let written = match status {
-            Status::Ok => pending.written,
-            Status::IoError | Status::Unsupported => {
-                count(&self.stats.errors);
-                1
-            }
-        };
-        pending.status.set(status as u8);
-        self.ring.push(head, written);
-    }
-
-    /// Shows the guest its completions, and calls it if it wants that.
-    fn announce(&mut self) {
-        if self.ring.publish() {
-            self.signal();
-        }
-    }
-
-    fn signal(&self) {
-        if let Some(call) = &self.call {
-            // Never blocks; a full counter means that a call is pending already.
-            let _ = rustix::io::write(call, &1_u64.to_ne_bytes());
-        }
-    }
-
-    /// The guest broke the ring's rules: nothing more is taken from it until it is started anew.
-    fn break_down(&mut self, error: RingError) {
-        if std::mem::replace(&mut self.broken, true) {
-            return;
-        }
-        count(&self.stats.errors);
-        tracing::error!(
-            export = %self.served.disk.export,
-            queue = self.key.index,
-            %error,
-            "the guest broke this virtqueue: it is stopped until its driver resets it"
-        );
-        if let Some(fd) = &self.error {
-            let _ = rustix::io::write(fd, &1_u64.to_ne_bytes());
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_token_names_queue_and_head() {
-        assert_eq!(split(token(70_000, 65_535)), (70_000, 65_535));
     }
 }
