@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 
 use harness::daemon::{Daemon, Place, eventually, run, serve, stonework};
 use harness::frontend::blk::{self, Request};
+use harness::frontend::ring::Part;
 use harness::frontend::{Frontend, LIMIT};
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -254,4 +255,43 @@ fn nobody_to_read_what_it_says_is_no_reason_to_end() {
     kill_process(pid, Signal::TERM).expect("it still runs");
     let status = child.wait().expect("it was started");
     assert!(status.success(), "{status}");
+}
+
+#[test]
+fn requests_that_need_a_copy_of_their_data_take_bounded_memory() {
+    const REQUESTS: usize = 1024;
+    for engine in ["threads", "auto"] {
+        let place = Place::new();
+        let disk = place.file("disk.raw", &vec![0x61; 16 * MIB as usize]);
+        let socket = place.join("vm.sock");
+        let options = ["--cache", "none", "--engine", engine, "--workers", "1"];
+        let daemon = Daemon::serve(&disk, &socket, &options);
+        let mut frontend = Frontend::connect(&socket);
+        let mut ring = frontend.start_queue(0, 4096);
+        let addr = frontend.heap.take(MIB + 8192, 4096);
+        frontend.memory.write(addr, &blk::header(blk::kind::IN, 0));
+        let before = daemon.resident_bytes();
+        for _ in 0..REQUESTS {
+            // An odd address, where no direct I/O can go.
+            let head = ring.lay_out(&[
+                Part::readable(addr, 16),
+                Part::writable(addr + 17, MIB as u32),
+                Part::writable(addr + MIB + 4096, 1),
+            ]);
+            ring.offer(head);
+        }
+        ring.publish();
+        ring.kick_if_wanted();
+        let mut most = before;
+        for _ in 0..REQUESTS {
+            eventually("all requests are completed", || {
+                most = most.max(daemon.resident_bytes());
+                ring.try_pop().is_some()
+            });
+        }
+        assert!(frontend.memory.read(addr + 17, MIB as usize) == vec![0x61; MIB as usize]);
+        let more = most - before;
+        assert!(more < 256 * MIB, "{engine}: {} MiB for copies", more / MIB);
+        daemon.stop();
+    }
 }

@@ -13,9 +13,15 @@ use std::sync::Arc;
 use std::task::{Poll, Waker};
 use std::time::Duration;
 
+use event_listener::Event as Changed;
+
 use crate::engine::{Engine, Errno, Event, HostCall, HostReply, Op, OpFuture, OpResult};
 use crate::executor::Executor;
 use crate::io::buffer::Segments;
+
+/// How much memory the bounce buffers of one worker may have. A guest decides how many requests it has
+/// under way and how its memory is aligned; those beyond this wait.
+const BOUNCE_BYTES: u64 = 64 << 20;
 
 /// See the module's header.
 pub struct IoContext {
@@ -23,6 +29,8 @@ pub struct IoContext {
     executor: Executor,
     timers: RefCell<BTreeMap<(Duration, u64), Waker>>,
     next_timer: Cell<u64>,
+    bounce_bytes: Cell<u64>,
+    bounce_freed: Changed,
 }
 
 impl IoContext {
@@ -33,6 +41,8 @@ impl IoContext {
             engine,
             timers: RefCell::default(),
             next_timer: Cell::new(0),
+            bounce_bytes: Cell::new(0),
+            bounce_freed: Changed::new(),
         })
     }
 
@@ -76,6 +86,28 @@ impl IoContext {
         })
         .await;
         drop(timer);
+    }
+
+    /// Waits until a bounce buffer of so many bytes may be made; it may be kept as long as what is
+    /// returned. One that exceeds the limit by itself is made when there is no other.
+    ///
+    /// Whoever has one must not wait for another, or all could wait for each other: for leaves only.
+    pub(crate) async fn bounce_room(&self, bytes: u64) -> BounceRoom<'_> {
+        loop {
+            // Before the look: what is freed after it wakes this task.
+            let freed = self.bounce_freed.listen();
+            let taken = self.bounce_bytes.get();
+            if taken == 0 || taken + bytes <= BOUNCE_BYTES {
+                self.bounce_bytes.set(taken + bytes);
+                // There may be room for the next who waits, too.
+                self.bounce_freed.notify(1);
+                return BounceRoom {
+                    context: self,
+                    bytes,
+                };
+            }
+            freed.await;
+        }
     }
 
     /// One turn: hands queued operations to the host, takes completions (those for the caller go to
@@ -157,6 +189,21 @@ impl IoContext {
             Poll::Ready(output) => output,
             Poll::Pending => unreachable!("the task has finished"),
         }
+    }
+}
+
+/// Room for a bounce buffer; given back when dropped.
+pub(crate) struct BounceRoom<'a> {
+    context: &'a IoContext,
+    bytes: u64,
+}
+
+impl Drop for BounceRoom<'_> {
+    fn drop(&mut self) {
+        let taken = &self.context.bounce_bytes;
+        taken.set(taken.get() - self.bytes);
+        // One at a time: each who finds room wakes the next, and each who has some will free it.
+        self.context.bounce_freed.notify(1);
     }
 }
 

@@ -28,6 +28,7 @@ use std::sync::Arc;
 use futures_util::future::LocalBoxFuture;
 
 use self::buffer::Segments;
+use self::context::BounceRoom;
 pub use self::context::IoContext;
 use self::tracked::Tracker;
 use crate::IoError;
@@ -375,6 +376,15 @@ impl<'a> Io<'a> {
         self.check(offset, bytes)
     }
 
+    /// Room for a bounce buffer of a leaf. A node above may wait for those below it, so it gets its
+    /// buffers without.
+    async fn bounce_room(self, bytes: u64) -> Option<BounceRoom<'a>> {
+        if !self.node().children.is_empty() {
+            return None;
+        }
+        Some(self.context().bounce_room(bytes).await)
+    }
+
     fn bounce(self, bytes: u64) -> Segments {
         // At least what a buffer's own allocation would have, and what the kernel likes.
         let alignment = (self.limits().memory_alignment as usize).max(512);
@@ -397,6 +407,7 @@ impl<'a> Io<'a> {
         for (piece, piece_bytes) in align::pieces(offset, bytes, BOUNCE_BYTES) {
             let begin = align::down(piece, unit);
             let end = align::up(piece + piece_bytes, unit);
+            let _room = self.bounce_room(end - begin).await;
             let bounce = self.bounce(end - begin);
             node.io.read(self, begin, bounce.clone()).await?;
             into.slice(piece - offset, piece_bytes)
@@ -423,6 +434,7 @@ impl<'a> Io<'a> {
         for (piece, piece_bytes) in align::pieces(offset, bytes, BOUNCE_BYTES) {
             let begin = align::down(piece, unit);
             let end = align::up(piece + piece_bytes, unit);
+            let _room = self.bounce_room(end - begin).await;
             let bounce = self.bounce(end - begin);
             self.read_edges(&bounce, begin, (piece - begin, piece_bytes))
                 .await?;
