@@ -210,7 +210,10 @@ impl Export {
         let stopped = self.stop(index).await;
         self.assignment.borrow_mut()[usize::from(index)] = worker;
         if let Some(setup) = stopped {
-            self.start(index, setup).await.map_err(Error::invalid)?;
+            // A queue that nobody serves would hang its guest; a lost connection it can see.
+            let hang_up = Arc::clone(&setup.hang_up);
+            let started = self.start(index, setup).await;
+            started.inspect_err(|_| hang_up()).map_err(Error::invalid)?;
         }
         Ok(())
     }

@@ -249,3 +249,26 @@ fn an_engine_that_is_dropped_has_let_go_of_every_segment() {
         assert_eq!(written, BYTES as i64, "{name} may still be reading them");
     }
 }
+
+#[test]
+fn a_detached_file_closes_when_its_own_operations_are_over() {
+    for engine in engines() {
+        let (one, other) = (scratch(&*engine), scratch(&*engine));
+        let id = one.id();
+        let write = Op::Write {
+            file: id,
+            offset: 0,
+            // Long enough not to be done in place.
+            segments: Segments::allocate(1 << 20, 1),
+        };
+        let ended = OpFuture::start(&*engine, write);
+        engine.detach(id);
+        let open = Arc::downgrade(&one);
+        drop(one);
+        assert_eq!(run(&*engine, ended).0, Ok(1 << 20));
+        // Another file's operations have nothing to do with it.
+        let sync = OpFuture::start(&*engine, Op::Sync { file: other.id() });
+        assert!(open.upgrade().is_none(), "still open in {}", engine.name());
+        assert_eq!(run(&*engine, sync).0, Ok(0));
+    }
+}

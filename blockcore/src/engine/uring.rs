@@ -54,7 +54,9 @@ pub struct Uring {
     ring: RefCell<IoUring>,
     slots: RefCell<Slots>,
     files: RefCell<Files>,
-    /// Operations under way per file, and files whose last attachment ended meanwhile.
+    /// Operations under way, by file.
+    busy: RefCell<Vec<u32>>,
+    /// Files whose last attachment ended while they were busy: open, and locked, until they are not.
     closing: RefCell<Vec<Arc<OpenFile>>>,
     watches: RefCell<BTreeMap<WatchId, Arc<OwnedFd>>>,
     wake: Arc<OwnedFd>,
@@ -78,6 +80,7 @@ struct Slots {
 
 #[derive(Default)]
 struct Slot {
+    file: usize,
     segments: Segments,
     notify: Option<Notify>,
 }
@@ -115,6 +118,7 @@ impl Uring {
             ring: RefCell::new(ring),
             slots: RefCell::default(),
             files: RefCell::default(),
+            busy: RefCell::default(),
             closing: RefCell::default(),
             watches: RefCell::default(),
             wake: Arc::clone(&wake.0),
@@ -258,16 +262,15 @@ impl Uring {
         match user_data >> TAG_SHIFT {
             TAG_OP => {
                 let slot = data as usize;
-                let (segments, notify) = {
+                let (file, segments, notify) = {
                     let mut slots = self.slots.borrow_mut();
                     slots.free.push(slot);
                     let slot = &mut slots.list[slot];
-                    (std::mem::take(&mut slot.segments), slot.notify.take())
+                    let segments = std::mem::take(&mut slot.segments);
+                    (slot.file, segments, slot.notify.take())
                 };
                 self.in_flight.set(self.in_flight.get() - 1);
-                if self.in_flight.get() == 0 {
-                    self.closing.borrow_mut().clear();
-                }
+                self.ended(file);
                 let result: OpResult = match u64::try_from(result) {
                     Ok(bytes) => Ok(bytes),
                     Err(_) => Err(Errno::from_raw_os_error(-result)),
@@ -296,6 +299,25 @@ impl Uring {
             }
             TAG_WAKE if !cqueue::more(flags) => self.arm(self.wake.as_raw_fd(), user_data),
             _ => {}
+        }
+    }
+
+    fn began(&self, file: usize) {
+        let mut busy = self.busy.borrow_mut();
+        if busy.len() <= file {
+            busy.resize(file + 1, 0);
+        }
+        busy[file] += 1;
+    }
+
+    fn ended(&self, file: usize) {
+        let mut busy = self.busy.borrow_mut();
+        busy[file] -= 1;
+        if busy[file] == 0 {
+            let mut closing = self.closing.borrow_mut();
+            if !closing.is_empty() {
+                closing.retain(|open| open.id().index() != file);
+            }
         }
     }
 
@@ -344,7 +366,8 @@ impl Engine for Uring {
                 .register_files_update(file.id().index() as u32, &[-1]);
             updated.expect("an index within the table");
         }
-        if self.in_flight.get() > 0 {
+        let busy = self.busy.borrow().get(file.id().index()).copied();
+        if busy.is_some_and(|operations| operations > 0) {
             self.closing.borrow_mut().push(file);
         }
     }
@@ -386,6 +409,7 @@ impl Engine for Uring {
                 slots.list.len() - 1
             });
             let slot = &mut slots.list[index];
+            slot.file = file_id.index();
             if let Op::Read { segments, .. } | Op::Write { segments, .. } = &mut op {
                 slot.segments = std::mem::take(segments);
             }
@@ -394,6 +418,7 @@ impl Engine for Uring {
         };
         drop(files);
         self.in_flight.set(self.in_flight.get() + 1);
+        self.began(file_id.index());
         self.push(&entry);
     }
 
