@@ -77,6 +77,29 @@ fn requests_of_any_alignment_keep_their_data_on_ordinary_files() {
     }
 }
 
+#[test]
+fn requests_of_any_alignment_keep_their_data_on_a_device_with_coarse_blocks() {
+    let mut random = Random::announced("coarse device");
+    for engine in engines() {
+        for direct in ["on", "off"] {
+            let device = match LoopDevice::new(2 * MIB, 4096) {
+                Ok(device) => device,
+                Err(reason) => return skip("a device with blocks of 4096 bytes", &reason),
+            };
+            let options = format!(
+                "host_device,filename={},cache.direct={direct},discard=unmap",
+                device.path().display()
+            );
+            let disk = Disk::open(engine, &options).expect("it opens");
+            let mut model = vec![0; 2 * MIB as usize];
+            verify(&disk, &mut model, 512, &mut random);
+            disk.flush().expect("a flush");
+            disk.close();
+            assert!(std::fs::read(device.file()).expect("it is there") == model);
+        }
+    }
+}
+
 /// What the guest would have seen: two queues on two workers write to neighbouring sectors, and the one
 /// that reads, changes and writes back the block puts old data over what the other has completed.
 #[test]

@@ -54,6 +54,39 @@ fn a_range_of_a_file_is_a_disk_and_the_rest_stays_as_it_is() {
     }
 }
 
+/// What the guest would have seen: errors for discards and zeroes, since the range was not shifted by
+/// whole blocks of the device.
+#[test]
+fn a_range_off_the_blocks_of_a_device_is_a_disk_too() {
+    let mut random = Random::announced("ranges of a device");
+    for engine in engines() {
+        for direct in ["off", "on"] {
+            let device = match LoopDevice::new(FILE as u64, 4096) {
+                Ok(device) => device,
+                Err(reason) => return skip("ranges of a device", &reason),
+            };
+            let content = random.bytes(FILE);
+            let options = format!(
+                "raw,offset=1536,size=1M,discard=unmap,cache.direct={direct},\
+                 file.driver=host_device,file.filename={}",
+                device.path().display()
+            );
+            let disk = Disk::open(engine, &options.replace("offset=1536,size=1M", "offset=0"));
+            let disk = disk.expect("it opens");
+            disk.write(0, &content).expect("a write");
+            disk.close();
+            let disk = Disk::open(engine, &options).expect("it opens");
+            let mut model = content[1536..][..1 << 20].to_vec();
+            verify(&disk, &mut model, 512, &mut random);
+            disk.flush().expect("a flush");
+            disk.close();
+            let now = std::fs::read(device.file()).expect("it is there");
+            assert!(now[..1536] == content[..1536], "direct {direct}");
+            assert!(now[1536 + (1 << 20)..] == content[1536 + (1 << 20)..]);
+        }
+    }
+}
+
 #[test]
 fn a_range_ends_with_the_file_unless_it_is_said() {
     let place = Place::new();

@@ -200,3 +200,28 @@ fn a_device_gives_space_back_and_zeroes_it() {
         }
     }
 }
+
+/// What the guest would have seen: an error for a discard that a disk with coarse blocks can only leave
+/// partly undone.
+#[test]
+fn a_discard_off_the_blocks_of_a_device_takes_the_whole_blocks_within() {
+    for engine in engines() {
+        for direct in ["off", "on"] {
+            let device = match LoopDevice::new(MIB, 4096) {
+                Ok(device) => device,
+                Err(reason) => return skip("discards of a device", &reason),
+            };
+            let options = format!(
+                "host_device,filename={},discard=unmap,cache.direct={direct}",
+                device.path().display()
+            );
+            let disk = Disk::open(engine, &options).expect("it opens");
+            full(&disk, MIB);
+            disk.discard(512, 1024).expect("less than a block");
+            zero_only(&disk, 0, 0);
+            disk.discard(512, 65536).expect("blocks and edges");
+            zero_only(&disk, 4096, 65536);
+            disk.close();
+        }
+    }
+}

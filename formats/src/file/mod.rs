@@ -236,13 +236,16 @@ fn permissions(modes: OpenModes) -> (Permissions, Permissions) {
 
 fn limits(metadata: &Metadata) -> Limits {
     let discard = metadata.discard_granularity_bytes;
+    // The page cache hides a device's blocks from reads and writes only.
+    let range_alignment = match metadata.file_type {
+        FileType::BlockDevice => metadata.logical_block_bytes,
+        _ => 1,
+    };
     Limits {
         request_alignment: metadata.direct_alignment,
         memory_alignment: metadata.memory_alignment,
-        zero_alignment: match metadata.file_type {
-            FileType::BlockDevice => metadata.logical_block_bytes,
-            _ => 1,
-        },
+        zero_alignment: range_alignment,
+        discard_alignment: range_alignment,
         max_zero_bytes: MAX_RANGE_BYTES,
         max_discard_bytes: MAX_RANGE_BYTES,
         discard_granularity_bytes: discard,
