@@ -79,3 +79,22 @@ fn one_writes_or_many_read() {
     writer.close();
     open("").expect("nobody is left").close();
 }
+
+/// What the operator would have seen: ten seconds of nothing, then a message that blames a process which
+/// the host does not show, when both nodes were on one command line.
+#[test]
+fn a_lock_that_this_process_holds_itself_is_said_to_be_so_and_not_waited_for_long() {
+    let place = Place::new();
+    let path = place.sparse("disk.raw", MIB);
+    let open = || Disk::open(EngineChoice::Threads, &file_options(&path, ""));
+    let disk = open().expect("it opens");
+    let began = Instant::now();
+    let error = open().err().expect("it is in use").report();
+    assert!(
+        began.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        began.elapsed()
+    );
+    assert!(error.contains("this process"), "{error}");
+    disk.close();
+}
