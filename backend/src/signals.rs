@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use blockcore::engine::{Engine, WatchId};
 use blockcore::{Error, ErrorKind};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGXFSZ};
 use signal_hook::low_level::pipe;
 
 /// The process's signals: those that stop it, and `SIGUSR1`, which prints counters.
@@ -33,6 +33,10 @@ impl Signals {
             signal_hook::flag::register(signal, Arc::clone(&stop_requested)).map_err(failed)?;
             pipe::register(signal, stop_end.try_clone().map_err(failed)?).map_err(failed)?;
         }
+        // A write past the longest file that this process may have is an error to its guest. Without a
+        // handler it would end the process.
+        let written_too_far = Arc::new(AtomicBool::new(false));
+        signal_hook::flag::register(SIGXFSZ, written_too_far).map_err(failed)?;
         let (report, report_end) = UnixStream::pair().map_err(failed)?;
         pipe::register(SIGUSR1, report_end).map_err(failed)?;
         Ok(Self {

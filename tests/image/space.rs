@@ -50,6 +50,59 @@ fn a_full_file_system_fails_writes_until_there_is_room_again() {
     }
 }
 
+/// What the guest would have seen: its disk gone for good. A write past the longest file that the process
+/// may have brings a signal that ends it by default.
+#[test]
+fn a_limit_on_file_length_fails_writes_and_does_not_end_the_daemon() {
+    for options in [
+        &["--engine", "threads"][..],
+        &["--engine", "threads", "--cache", "none"],
+        &["--engine", "auto"],
+        &["--engine", "auto", "--cache", "none"],
+        &["--engine", "auto", "--cache", "writethrough"],
+    ] {
+        let place = Place::new();
+        let disk = place.sparse("disk.raw", 4 * MIB);
+        let socket = place.join("vm.sock");
+        let mut command = Command::new("sh");
+        // In units of 512 bytes.
+        command
+            .args(["-c", "ulimit -f 2048; exec \"$@\"", "sh"])
+            .arg(stonework_path())
+            .arg("serve")
+            .arg(&disk)
+            .arg("--socket")
+            .arg(&socket)
+            .args(["--format", "raw"])
+            .args(options);
+        let mut daemon = Daemon::start_announced(command);
+        let mut frontend = Frontend::connect(&socket);
+        let mut ring = frontend.start_queue(0, 64);
+        let data = vec![0x6d; 256 * SECTOR];
+        frontend.write(&mut ring, 0, &data);
+        // Over the limit, behind it, and in small and large pieces.
+        for (sector, sectors) in [(2040, 16), (2048, 1), (4096, 256), (1920, 256)] {
+            let request = Request::write(sector, &data[..sectors * SECTOR]);
+            let status = frontend.status(&mut ring, &request);
+            assert_eq!(status, blk::IOERR, "{options:?}: sector {sector}");
+        }
+        frontend.write(&mut ring, 1024, &data);
+        frontend.succeed(&mut ring, &Request::flush());
+        assert!(
+            frontend.read(&mut ring, 0, data.len()) == data,
+            "{options:?}"
+        );
+        assert!(
+            frontend.read(&mut ring, 1024, data.len()) == data,
+            "{options:?}"
+        );
+        assert!(frontend.read(&mut ring, 4096, SECTOR) == [0; SECTOR]);
+        drop(frontend);
+        daemon.assert_running();
+        daemon.stop();
+    }
+}
+
 /// What the guest would have seen: its second flush succeeds, although what the first one could not write
 /// is gone. The page cache of a device takes more than the file below it has room for.
 #[test]
