@@ -201,6 +201,15 @@ pub struct DaemonArgs {
     /// Not in this version
     #[arg(long, hide = true)]
     pub nbd_server: Vec<String>,
+    /// Not in this version
+    #[arg(long, hide = true)]
+    pub pidfile: Vec<String>,
+    /// Not in this version
+    #[arg(long, hide = true)]
+    pub trace: Vec<String>,
+    /// Not in this version
+    #[arg(long, hide = true)]
+    pub daemonize: bool,
 }
 
 impl DaemonArgs {
@@ -211,12 +220,15 @@ impl DaemonArgs {
     /// [`blockcore::ErrorKind::Unsupported`], naming the option.
     pub fn check(&self) -> Result<(), Error> {
         let later = [
-            ("--chardev", &self.chardev),
-            ("--monitor", &self.monitor),
-            ("--object", &self.object),
-            ("--nbd-server", &self.nbd_server),
+            ("--chardev", !self.chardev.is_empty()),
+            ("--monitor", !self.monitor.is_empty()),
+            ("--object", !self.object.is_empty()),
+            ("--nbd-server", !self.nbd_server.is_empty()),
+            ("--pidfile", !self.pidfile.is_empty()),
+            ("--trace", !self.trace.is_empty()),
+            ("--daemonize", self.daemonize),
         ];
-        match later.iter().find(|(_, given)| !given.is_empty()) {
+        match later.iter().find(|(_, given)| *given) {
             Some((name, _)) => Err(Error::unsupported(format!(
                 "option {name} of qemu-storage-daemon is not in this version of stonework"
             ))),

@@ -255,6 +255,8 @@ pub struct Limits {
     pub memory_alignment: u32,
     /// Zeroing works on whole units.
     pub zero_alignment: u32,
+    /// Discarding works on whole units; what lies in others is left as it is.
+    pub discard_alignment: u32,
     /// Longest zeroing at once.
     pub max_zero_bytes: u64,
     /// Longest discard at once.
@@ -275,6 +277,7 @@ impl Default for Limits {
             request_alignment: 1,
             memory_alignment: 1,
             zero_alignment: 1,
+            discard_alignment: 1,
             max_zero_bytes: 0,
             max_discard_bytes: 0,
             discard_granularity_bytes: 0,

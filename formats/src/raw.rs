@@ -76,6 +76,7 @@ fn open(request: &OpenRequest) -> Result<Opened, Error> {
         request_alignment: 1,
         memory_alignment: 1,
         zero_alignment: 1,
+        discard_alignment: 1,
         max_zero_bytes: 0,
         max_discard_bytes: 0,
         ..child.limits

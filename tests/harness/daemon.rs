@@ -402,6 +402,18 @@ impl Place {
         Self(dir)
     }
 
+    /// A new, empty one in a directory that is there.
+    ///
+    /// # Errors
+    ///
+    /// Why it cannot be made there.
+    pub fn within(directory: &Path) -> std::io::Result<Self> {
+        tempfile::Builder::new()
+            .prefix("stonework-")
+            .tempdir_in(directory)
+            .map(Self)
+    }
+
     /// The directory.
     pub fn path(&self) -> &Path {
         self.0.path()

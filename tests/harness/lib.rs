@@ -5,6 +5,7 @@ pub mod driver;
 pub mod frontend;
 pub mod guest;
 pub mod history;
+pub mod host;
 pub mod libblkio;
 pub mod load;
 pub mod model;

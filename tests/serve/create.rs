@@ -1,13 +1,13 @@
 //! Making an image.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::process::Command;
 
 use harness::daemon::{Daemon, Place, run, serve, stonework_path};
 use harness::frontend::Frontend;
 
-use crate::{MIB, says, serves, text};
+use crate::{MIB, says, serves, text, without_rights};
 
 #[test]
 fn create_makes_a_sparse_disk_and_serves_it() {
@@ -74,4 +74,31 @@ fn a_failed_creation_leaves_no_file() {
     assert!(matches!(refusal.code, Some(1 | 2)), "{refusal:?}");
     assert!(refusal.errors.contains("512"), "{refusal:?}");
     assert!(!odd.exists());
+}
+
+/// What the operator would have seen: a refusal, and a second try refused since the file exists.
+#[test]
+fn a_creation_that_cannot_be_made_durable_leaves_no_file() {
+    let place = Place::new();
+    fs::set_permissions(place.path(), fs::Permissions::from_mode(0o755)).expect("it is ours");
+    let dir = place.join("drop");
+    fs::create_dir(&dir).expect("a directory can be made");
+    // Files can be made in it, but it cannot be opened, so not synced either.
+    fs::set_permissions(&dir, fs::Permissions::from_mode(0o333)).expect("it is ours");
+    let disk = dir.join("disk.raw");
+    let socket = dir.join("vm.sock");
+    for _ in 0..2 {
+        let args = [
+            "serve",
+            text(&disk),
+            "--socket",
+            text(&socket),
+            "--create",
+            "1M",
+        ];
+        let refusal = run(without_rights(&place, &args));
+        says(&refusal, 1, &[text(&disk), "permission denied"]);
+        assert!(!disk.exists());
+    }
+    fs::set_permissions(&dir, fs::Permissions::from_mode(0o755)).expect("it is ours");
 }

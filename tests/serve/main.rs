@@ -4,6 +4,7 @@
 //! what is wrong with the world, 2 for what is wrong with the command line. None costs data.
 
 mod create;
+mod daemon;
 mod image;
 mod lock;
 mod process;

@@ -239,20 +239,22 @@ impl Graph {
     }
 
     fn check_insert(&self, prepared: &Prepared) -> Result<(), Error> {
-        for node in &prepared.nodes {
-            if self.nodes.contains_key(&node.name) {
+        for (place, node) in prepared.nodes.iter().enumerate() {
+            let before = &prepared.nodes[..place];
+            let twice = before.iter().any(|other| other.name == node.name);
+            if twice || self.nodes.contains_key(&node.name) {
                 return Err(Error::new(
                     ErrorKind::Exists,
                     format!("there is a node '{}' already", node.name),
                 ));
             }
             for (index, child) in node.children.iter().enumerate() {
-                // A child that is being inserted too has no other user.
-                if prepared.nodes.iter().any(|other| other.name == *child) {
-                    continue;
-                }
-                let existing = self.node(child)?;
-                existing.check_claim(&child_claim(node, index))?;
+                // A child that is being inserted too has no other user, but may be read-only.
+                let child = match before.iter().find(|other| other.name == *child) {
+                    Some(child) => child,
+                    None => self.node(child)?,
+                };
+                child.check_claim(&child_claim(node, index))?;
             }
         }
         Ok(())

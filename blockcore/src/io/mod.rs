@@ -551,7 +551,11 @@ impl<'a> Io<'a> {
         if !node.modes.unmap {
             return Ok(());
         }
-        let unit = u64::from(node.limits.request_alignment);
+        let unit = u64::from(
+            node.limits
+                .discard_alignment
+                .max(node.limits.request_alignment),
+        );
         let begin = align::up(offset, unit);
         let end = align::down(offset + bytes, unit);
         if begin >= end {

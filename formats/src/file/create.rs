@@ -85,19 +85,27 @@ pub(super) async fn create(context: Rc<IoContext>, options: Options) -> Result<(
     context.engine().attach(&file);
     let filled = fill(&context, &file, &options, bytes).await;
     context.engine().detach(file.id());
-    if let Err(error) = filled {
+    let made = match filled {
+        Ok(()) => sync_directory(&context, &path).await,
+        Err(error) => Err(error),
+    };
+    if let Err(error) = made {
         // Nobody else can know this file yet.
         if let Err(second) = context.host(HostCall::Remove(path.clone())).await {
             tracing::warn!(path = %path.display(), error = %second, "cannot remove it again");
         }
         return Err(failed(&path, error));
     }
+    Ok(())
+}
+
+async fn sync_directory(context: &IoContext, path: &Path) -> Result<(), Errno> {
     let directory = match path.parent() {
         Some(parent) if parent != Path::new("") => parent.to_owned(),
         _ => PathBuf::from("."),
     };
-    let synced = context.host(HostCall::SyncDirectory(directory)).await;
-    synced.map(|_| ()).map_err(|error| failed(&path, error))
+    context.host(HostCall::SyncDirectory(directory)).await?;
+    Ok(())
 }
 
 fn failed(path: &Path, error: Errno) -> Error {

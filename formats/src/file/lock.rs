@@ -23,6 +23,8 @@ const UNSHARED: u64 = 200;
 
 /// How long to wait for locks whose holder cannot be found.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long to wait for locks of this process: of a node that has been closed, whose last I/O lands.
+const OWN_PATIENCE: Duration = Duration::from_secs(1);
 /// How often to look again.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
@@ -41,7 +43,7 @@ pub(super) async fn take(
     needs: Permissions,
     shares: Permissions,
 ) -> Result<(), Error> {
-    let until = context.engine().now() + PATIENCE;
+    let began = context.engine().now();
     let mut reported = false;
     loop {
         let byte = match try_take(context, file, needs, shares).await {
@@ -49,13 +51,23 @@ pub(super) async fn take(
             Err((Errno::AGAIN, byte)) => byte,
             Err((error, _)) => return Err(refused(file.path(), error)),
         };
-        let holders = holders(file.path(), byte);
-        if !holders.is_empty() || context.engine().now() >= until {
+        let mut holders = holders(file.path(), byte);
+        let ours =
+            own_locks(file.path(), byte) > usize::from(mine(needs, shares).any(|b| b == byte));
+        if ours {
+            holders.push("this process".into());
+        }
+        let patience = match (ours, holders.len()) {
+            (_, 0) => PATIENCE,
+            (true, 1) => OWN_PATIENCE,
+            _ => Duration::ZERO,
+        };
+        if context.engine().now() >= began + patience {
             return Err(held(file.path(), byte, &holders));
         }
         if !std::mem::replace(&mut reported, true) {
             let path = file.path().display();
-            tracing::info!(%path, "waiting for the image's lock: no living process holds it");
+            tracing::info!(%path, "waiting for the image's lock: no other living process holds it");
         }
         context.delay(LOOK_AGAIN).await;
     }
@@ -68,23 +80,30 @@ async fn try_take(
     needs: Permissions,
     shares: Permissions,
 ) -> Result<(), (Errno, u64)> {
-    let bits = |set: Permissions| (0..8_u64).filter(move |bit| set.bits() & (1 << bit) != 0);
-    let unshared = Permissions::all() - shares;
-    let mine = bits(needs)
-        .map(|bit| USED + bit)
-        .chain(bits(unshared).map(|bit| UNSHARED + bit));
-    for byte in mine {
+    for byte in mine(needs, shares) {
         let call = HostCall::LockShared(Arc::clone(file), byte);
         context.host(call).await.map_err(|error| (error, byte))?;
     }
     let others = bits(needs)
         .map(|bit| UNSHARED + bit)
-        .chain(bits(unshared).map(|bit| USED + bit));
+        .chain(bits(Permissions::all() - shares).map(|bit| USED + bit));
     for byte in others {
         let call = HostCall::TestLock(Arc::clone(file), byte);
         context.host(call).await.map_err(|error| (error, byte))?;
     }
     Ok(())
+}
+
+fn bits(set: Permissions) -> impl Iterator<Item = u64> {
+    (0..8).filter(move |bit| set.bits() & (1 << bit) != 0)
+}
+
+/// The bytes to lock.
+fn mine(needs: Permissions, shares: Permissions) -> impl Iterator<Item = u64> {
+    let unshared = bits(Permissions::all() - shares);
+    bits(needs)
+        .map(|bit| USED + bit)
+        .chain(unshared.map(|bit| UNSHARED + bit))
 }
 
 fn refused(path: &Path, error: Errno) -> Error {
@@ -116,31 +135,38 @@ fn held(path: &Path, byte: u64, holders: &[String]) -> Error {
     )
 }
 
-/// Processes whose descriptors hold a lock on this byte of the file, as far as `/proc` shows them.
+/// Other processes whose descriptors hold a lock on this byte of the file, as far as `/proc` shows them.
 fn holders(path: &Path, byte: u64) -> Vec<String> {
-    let Ok(image) = fs::metadata(path) else {
-        return Vec::new();
-    };
     let mut found = Vec::new();
     for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let name = process.file_name();
         let Some(pid) = name.to_str().and_then(|name| name.parse::<u32>().ok()) else {
             continue;
         };
-        if pid == std::process::id() {
-            continue;
-        }
-        let infos = fs::read_dir(process.path().join("fdinfo"));
-        let holds = infos.into_iter().flatten().flatten().any(|info| {
-            fs::read_to_string(info.path())
-                .is_ok_and(|text| text.lines().any(|line| is_lock(line, image.ino(), byte)))
-        });
-        if holds {
+        if pid != std::process::id() && locks(&process.path(), path, byte) > 0 {
             let command = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
             found.push(format!("process {pid} ({})", command.trim()));
         }
     }
     found
+}
+
+/// How many descriptors of this process hold a lock on this byte of the file.
+fn own_locks(path: &Path, byte: u64) -> usize {
+    locks(Path::new("/proc/self"), path, byte)
+}
+
+/// How many descriptors of a process (given by its place in `/proc`) hold a lock on this byte.
+fn locks(process: &Path, path: &Path, byte: u64) -> usize {
+    let Ok(image) = fs::metadata(path) else {
+        return 0;
+    };
+    let infos = fs::read_dir(process.join("fdinfo"));
+    let holds = |info: &fs::DirEntry| {
+        fs::read_to_string(info.path())
+            .is_ok_and(|text| text.lines().any(|line| is_lock(line, image.ino(), byte)))
+    };
+    infos.into_iter().flatten().flatten().filter(holds).count()
 }
 
 /// Whether a line of `fdinfo` is a lock on this byte of this inode:

@@ -112,8 +112,22 @@ async fn open(request: OpenRequest, kind: Kind) -> Result<Opened, Error> {
         Some(file) => file,
         None => open_file(&context, &path, modes).await?,
     };
+    check_type(&path, kind, &metadata(&context, &file).await?)?;
+    let locking = request.options.text(OPTIONS, "locking");
+    if locking != "off" {
+        let (needs, shares) = permissions(modes);
+        match lock::take(&context, &file, needs, shares).await {
+            Err(error) if locking == "auto" && error.kind() == ErrorKind::Unsupported => {
+                tracing::warn!(
+                    error = %error.report(),
+                    "other processes are not kept out of the image"
+                );
+            }
+            result => result?,
+        }
+    }
+    // Now that nobody else changes it: whoever held the lock before may have.
     let metadata = metadata(&context, &file).await?;
-    check_type(&path, kind, &metadata)?;
     if metadata.read_only && !modes.read_only {
         return Err(Error::new(
             ErrorKind::PermissionDenied,
@@ -130,19 +144,6 @@ async fn open(request: OpenRequest, kind: Kind) -> Result<Opened, Error> {
              page cache (cache mode writeback or writethrough) or extend it",
             metadata.bytes, metadata.direct_alignment
         )));
-    }
-    let locking = request.options.text(OPTIONS, "locking");
-    if locking != "off" {
-        let (needs, shares) = permissions(modes);
-        match lock::take(&context, &file, needs, shares).await {
-            Err(error) if locking == "auto" && error.kind() == ErrorKind::Unsupported => {
-                tracing::warn!(
-                    error = %error.report(),
-                    "other processes are not kept out of the image"
-                );
-            }
-            result => result?,
-        }
     }
     let limits = limits(&metadata);
     let io = FileIo {
@@ -236,13 +237,16 @@ fn permissions(modes: OpenModes) -> (Permissions, Permissions) {
 
 fn limits(metadata: &Metadata) -> Limits {
     let discard = metadata.discard_granularity_bytes;
+    // The page cache hides a device's blocks from reads and writes only.
+    let range_alignment = match metadata.file_type {
+        FileType::BlockDevice => metadata.logical_block_bytes,
+        _ => 1,
+    };
     Limits {
         request_alignment: metadata.direct_alignment,
         memory_alignment: metadata.memory_alignment,
-        zero_alignment: match metadata.file_type {
-            FileType::BlockDevice => metadata.logical_block_bytes,
-            _ => 1,
-        },
+        zero_alignment: range_alignment,
+        discard_alignment: range_alignment,
         max_zero_bytes: MAX_RANGE_BYTES,
         max_discard_bytes: MAX_RANGE_BYTES,
         discard_granularity_bytes: discard,

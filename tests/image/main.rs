@@ -1,0 +1,212 @@
+//! Drivers `file`, `host_device`, `raw` and `null-co` against the real host, on both real engines.
+//!
+//! Most tests open nodes in this process, as the daemon does. Simulated hosts, which fail on cue, are in
+//! `graph.rs`; what an operator sees of a refusal is in `serve`.
+
+mod create;
+mod device;
+mod direct;
+mod length;
+mod lock;
+mod raw;
+mod space;
+mod sparse;
+
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::Arc;
+
+use blockcore::driver::{WriteFlags, ZeroFlags};
+use blockcore::engine::{EngineChoice, make};
+use blockcore::graph::{Control, Graph};
+use blockcore::io::buffer::Segments;
+use blockcore::io::{IoContext, Plan, Root};
+use blockcore::options::Options;
+use blockcore::{Error, IoError};
+use harness::daemon::Place;
+use harness::host::skip;
+use harness::random::Random;
+
+const SECTOR: usize = 512;
+const MIB: u64 = 1 << 20;
+
+/// Every real engine that this host allows.
+fn engines() -> Vec<EngineChoice> {
+    let mut engines = vec![EngineChoice::Threads];
+    match make(EngineChoice::Uring) {
+        Ok(_) => engines.push(EngineChoice::Uring),
+        Err(error) => skip("io_uring", &error.report()),
+    }
+    engines
+}
+
+/// A node and what it takes to use it on this thread.
+struct Disk {
+    control: Control,
+    root: Rc<Root>,
+}
+
+impl Disk {
+    /// Opens a node, whose `node-name` is added, for a guest with blocks of 512 bytes.
+    fn open(engine: EngineChoice, options: &str) -> Result<Self, Error> {
+        let context = IoContext::new(make(engine)?);
+        let control = Control::new(Graph::new(formats::drivers()), Rc::clone(&context));
+        let options = Options::parse(&format!("{options},node-name=disk"), Some("driver"))?;
+        let inner = control.clone();
+        let prepared = context.block_on(async move { inner.open(options, None).await })?;
+        let inserted = control.change(|graph| graph.insert(prepared));
+        inserted.map_err(|(error, _)| error)?;
+        let plan = control.read(|graph| graph.plan("disk", SECTOR as u32))?;
+        Ok(Self {
+            root: Root::new(context, plan),
+            control,
+        })
+    }
+
+    /// What other workers need to use the same node.
+    fn plan(&self) -> Arc<Plan> {
+        Arc::clone(self.root.plan())
+    }
+
+    fn on_root<T, W>(&self, work: impl FnOnce(Rc<Root>) -> W) -> T
+    where
+        T: 'static,
+        W: Future<Output = T> + 'static,
+    {
+        self.control.context().block_on(work(Rc::clone(&self.root)))
+    }
+
+    fn read(&self, offset: u64, bytes: usize) -> Result<Vec<u8>, IoError> {
+        self.read_into(offset, Segments::allocate(bytes, 1))
+    }
+
+    fn read_into(&self, offset: u64, into: Segments) -> Result<Vec<u8>, IoError> {
+        let given = into.clone();
+        self.on_root(move |root| async move { root.read(offset, given).await })?;
+        Ok(into.to_vec())
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> Result<(), IoError> {
+        let from = Segments::allocate(data.len(), 1);
+        from.copy_from(data);
+        self.write_from(offset, from)
+    }
+
+    fn write_from(&self, offset: u64, from: Segments) -> Result<(), IoError> {
+        self.on_root(move |root| async move { root.write(offset, from, WriteFlags::empty()).await })
+    }
+
+    fn zero(&self, offset: u64, bytes: u64, flags: ZeroFlags) -> Result<(), IoError> {
+        self.on_root(move |root| async move {
+            root.write_zeroes(offset, bytes, flags, WriteFlags::empty())
+                .await
+        })
+    }
+
+    fn discard(&self, offset: u64, bytes: u64) -> Result<(), IoError> {
+        self.on_root(
+            move |root| async move { root.discard(offset, bytes, WriteFlags::empty()).await },
+        )
+    }
+
+    fn flush(&self) -> Result<(), IoError> {
+        self.on_root(|root| async move { root.flush().await })
+    }
+
+    fn bytes(&self) -> u64 {
+        self.root.plan().bytes()
+    }
+
+    /// Closes the node; its locks are gone when this returns.
+    fn close(self) {
+        let Self { control, root } = self;
+        drop(root);
+        let prepared = control.change(|graph| graph.remove("disk"));
+        let prepared = prepared.expect("nobody uses the node any more");
+        let context = Rc::clone(control.context());
+        let inner = Rc::clone(&context);
+        context
+            .block_on(async move { prepared.abort(&inner).await })
+            .expect("it can be closed");
+    }
+}
+
+/// Memory for `bytes` bytes that is not aligned to anything, in two pieces.
+fn odd_memory(bytes: usize, random: &mut Random) -> Segments {
+    let shift = 1 + random.below(63);
+    let cut = random.below(bytes as u64 + 1);
+    let piece = |bytes: u64| {
+        let whole = Segments::allocate(bytes as usize + 64, 4096);
+        whole.slice(shift, bytes)
+    };
+    Segments::join(vec![piece(cut), piece(bytes as u64 - cut)])
+}
+
+/// A thousand random requests in multiples of `unit`, compared with a model in memory that begins as
+/// `model`; at the end, the whole disk.
+fn verify(disk: &Disk, model: &mut [u8], unit: u64, random: &mut Random) {
+    let all = model.len() as u64;
+    assert_eq!(disk.bytes(), all);
+    for turn in 0..1000 {
+        let longest = *random.pick(&[unit, 4096, 16384, 300 << 10]);
+        let bytes = (random.below(longest) / unit * unit + unit).min(all);
+        let offset = random.below((all - bytes) / unit + 1) * unit;
+        let range = offset as usize..(offset + bytes) as usize;
+        let memory = match random.below(2) {
+            0 => odd_memory(bytes as usize, random),
+            _ => Segments::allocate(bytes as usize, 4096),
+        };
+        match random.below(16) {
+            0..6 => {
+                let data = random.bytes(bytes as usize);
+                memory.copy_from(&data);
+                disk.write_from(offset, memory).expect("a write");
+                model[range].copy_from_slice(&data);
+            }
+            6 | 7 => {
+                let flags = *random.pick(&[ZeroFlags::empty(), ZeroFlags::MAY_UNMAP]);
+                disk.zero(offset, bytes, flags).expect("zeroes");
+                model[range].fill(0);
+            }
+            8 => {
+                disk.discard(offset, bytes).expect("a discard");
+                // What is not given back stays, on the edges as a whole.
+                let now = disk.read(offset, bytes as usize).expect("a read");
+                for (new, old) in now.iter().zip(&model[range.clone()]) {
+                    assert!(*new == 0 || new == old, "turn {turn}: not what it was");
+                }
+                model[range].copy_from_slice(&now);
+            }
+            9 => disk.flush().expect("a flush"),
+            _ => {
+                memory.fill(0xa5);
+                let data = disk.read_into(offset, memory).expect("a read");
+                assert!(
+                    data == model[range],
+                    "turn {turn}: {offset}+{bytes} differs"
+                );
+            }
+        }
+    }
+    let data = disk.read(0, model.len()).expect("a read");
+    let wrong = data
+        .iter()
+        .zip(&*model)
+        .position(|(is, should)| is != should);
+    assert_eq!(wrong, None, "the first byte that differs");
+}
+
+/// Where ordinary files are tried: the disk, and memory.
+fn places() -> Vec<Place> {
+    let mut places = vec![Place::new()];
+    match Place::within(Path::new("/dev/shm")) {
+        Ok(place) => places.push(place),
+        Err(error) => skip("files in memory", &error.to_string()),
+    }
+    places
+}
+
+fn file_options(path: &Path, more: &str) -> String {
+    let path: PathBuf = path.into();
+    format!("file,filename={}{more}", path.display())
+}
