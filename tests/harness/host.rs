@@ -184,12 +184,14 @@ fn run(mut command: Command) -> Result<String, String> {
     // The tools that change the host live where a plain user's PATH does not look.
     let path = std::env::var("PATH").unwrap_or_default();
     command.env("PATH", format!("{path}:/usr/sbin:/sbin"));
+    let program = command.get_program().to_string_lossy().into_owned();
     let output = command
         .output()
-        .map_err(|error| format!("cannot run {command:?}: {error}"))?;
+        .map_err(|error| format!("cannot run {program}: {error}"))?;
     if !output.status.success() {
         let errors = String::from_utf8_lossy(&output.stderr);
-        return Err(format!("{command:?} failed: {}", errors.trim()));
+        let first = errors.lines().next().unwrap_or("it does not say why");
+        return Err(format!("{program} failed: {first}"));
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }

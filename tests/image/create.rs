@@ -9,7 +9,7 @@ use blockcore::engine::{EngineChoice, make};
 use blockcore::io::IoContext;
 use blockcore::options::Options;
 use blockcore::{Error, ErrorKind};
-use harness::daemon::Place;
+use harness::daemon::{Place, eventually};
 use harness::host::{Mount, skip};
 
 use crate::{Disk, MIB, engines, file_options, places};
@@ -106,9 +106,9 @@ fn a_creation_that_the_host_refuses_leaves_no_file_and_no_lost_space() {
             assert!(error.report().contains("disk.raw"), "{}", error.report());
             assert!(!path.exists(), "{options}");
         }
-        // All of it is there again.
+        // All of it is there again, once no process that another test is starting shares the file.
         let options = format!("filename={},size=3M,preallocation=full", path.display());
-        create(engine, &options).expect("it fits");
+        eventually("it fits", || create(engine, &options).is_ok());
         fs::remove_file(&path).expect("it is ours");
     }
 }

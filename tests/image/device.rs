@@ -35,6 +35,7 @@ fn a_device_has_its_own_size_and_limits() {
                     assert!(limits.discard_granularity_bytes >= block);
                     let alignment = if direct == "on" { block } else { 1 };
                     assert_eq!(limits.request_alignment, alignment, "direct {direct}");
+                    drop(plan);
                     disk.close();
                 }
             }

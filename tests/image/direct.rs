@@ -117,6 +117,7 @@ fn writes_from_two_workers_to_one_block_of_the_host_lose_nothing() {
                 scope.spawn(move || write_sectors(engine, plan, worker, ROUNDS));
             }
         });
+        drop(plan);
         let data = disk.read(0, BLOCKS as usize * 4096).expect("a read");
         for (sector, data) in data.chunks(SECTOR).enumerate() {
             let last = content(sector as u64, ROUNDS - 1);

@@ -1,37 +1,13 @@
 //! Image locks: which bytes of the file, and for how long.
 
 use std::collections::BTreeSet;
-use std::fs;
-use std::os::unix::fs::MetadataExt;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use blockcore::ErrorKind;
 use blockcore::engine::EngineChoice;
 use harness::daemon::Place;
 
-use crate::{Disk, MIB, engines, file_options};
-
-/// The bytes of a file that are locked by descriptions, all of them shared.
-fn locked(path: &Path) -> BTreeSet<u64> {
-    let inode = fs::metadata(path).expect("it is there").ino();
-    let locks = fs::read_to_string("/proc/locks").expect("Linux shows its locks");
-    let mut bytes = BTreeSet::new();
-    for line in locks.lines() {
-        // 1: OFDLCK ADVISORY  READ -1 fd:01:1234 100 101
-        let words: Vec<_> = line.split_whitespace().collect();
-        let [_, kind, _, access, _, file, first, last] = words[..] else {
-            continue;
-        };
-        if file.rsplit(':').next() != Some(&inode.to_string()) {
-            continue;
-        }
-        assert_eq!((kind, access), ("OFDLCK", "READ"), "{line}");
-        let number = |text: &str| text.parse::<u64>().expect("a byte");
-        bytes.extend(number(first)..=number(last));
-    }
-    bytes
-}
+use crate::{Disk, MIB, engines, file_options, locked_bytes};
 
 /// QEMU's `block/file-posix` has byte 100 + n for permission n that is used, byte 200 + n for one that is
 /// not shared: 0 consistent read, 1 write, 2 write unchanged, 3 resize.
@@ -40,7 +16,7 @@ fn the_locked_bytes_are_those_of_qemu() {
     let place = Place::new();
     for engine in engines() {
         let path = place.sparse("disk.raw", MIB);
-        assert_eq!(locked(&path), BTreeSet::new());
+        assert_eq!(locked_bytes(&path), BTreeSet::new());
         for (more, bytes) in [
             ("", &[100, 101, 103, 201, 203][..]),
             (",locking=on", &[100, 101, 103, 201, 203]),
@@ -49,9 +25,8 @@ fn the_locked_bytes_are_those_of_qemu() {
         ] {
             let disk = Disk::open(engine, &file_options(&path, more)).expect("it opens");
             let expected = bytes.iter().copied().collect();
-            assert_eq!(locked(&path), expected, "'{more}'");
+            assert_eq!(locked_bytes(&path), expected, "'{more}'");
             disk.close();
-            assert_eq!(locked(&path), BTreeSet::new(), "after '{more}'");
         }
     }
 }
@@ -62,20 +37,20 @@ fn one_writes_or_many_read() {
     let path = place.sparse("disk.raw", MIB);
     let open = |more: &str| Disk::open(EngineChoice::Threads, &file_options(&path, more));
     let readers = [open(",read-only=on"), open(",read-only=on")];
-    for reader in readers {
-        let reader = reader.expect("readers share");
-        assert_eq!(open("").err().expect("it is read").kind(), ErrorKind::Busy);
-        reader.close();
-    }
+    let [one, two] = readers.map(|reader| reader.expect("readers share"));
+    assert_eq!(open("").err().expect("it is read").kind(), ErrorKind::Busy);
+    one.release();
+    assert_eq!(open("").err().expect("it is read").kind(), ErrorKind::Busy);
+    two.close();
     let writer = open("").expect("nobody is left");
     for more in ["", ",read-only=on", ",locking=on"] {
         let error = open(more).err().expect("it is written to");
         assert_eq!(error.kind(), ErrorKind::Busy, "'{more}'");
     }
     // What was refused has left nothing behind.
-    assert_eq!(locked(&path), [100, 101, 103, 201, 203].into());
+    assert_eq!(locked_bytes(&path), [100, 101, 103, 201, 203].into());
     // On an operator's word, anything goes.
-    open(",locking=off").expect("it is not locked").close();
+    open(",locking=off").expect("it is not locked").release();
     writer.close();
     open("").expect("nobody is left").close();
 }

@@ -12,6 +12,9 @@ mod raw;
 mod space;
 mod sparse;
 
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -23,7 +26,7 @@ use blockcore::io::buffer::Segments;
 use blockcore::io::{IoContext, Plan, Root};
 use blockcore::options::Options;
 use blockcore::{Error, IoError};
-use harness::daemon::Place;
+use harness::daemon::{Place, eventually};
 use harness::host::skip;
 use harness::random::Random;
 
@@ -44,11 +47,17 @@ fn engines() -> Vec<EngineChoice> {
 struct Disk {
     control: Control,
     root: Rc<Root>,
+    /// The file at the bottom, if there is one.
+    file: Option<PathBuf>,
 }
 
 impl Disk {
     /// Opens a node, whose `node-name` is added, for a guest with blocks of 512 bytes.
     fn open(engine: EngineChoice, options: &str) -> Result<Self, Error> {
+        let file = options.split_once("filename=").map(|(_, rest)| {
+            let end = rest.find(',').unwrap_or(rest.len());
+            rest[..end].into()
+        });
         let context = IoContext::new(make(engine)?);
         let control = Control::new(Graph::new(formats::drivers()), Rc::clone(&context));
         let options = Options::parse(&format!("{options},node-name=disk"), Some("driver"))?;
@@ -60,6 +69,7 @@ impl Disk {
         Ok(Self {
             root: Root::new(context, plan),
             control,
+            file,
         })
     }
 
@@ -117,9 +127,19 @@ impl Disk {
         self.root.plan().bytes()
     }
 
-    /// Closes the node; its locks are gone when this returns.
-    fn close(self) {
-        let Self { control, root } = self;
+    /// Closes the node, of whose file nobody else has a lock, and waits until its own are gone. A process
+    /// that a test beside this one starts shares them for a moment.
+    fn close(mut self) {
+        let file = self.file.take();
+        self.release();
+        if let Some(file) = file {
+            eventually("the locks are gone", || locked_bytes(&file).is_empty());
+        }
+    }
+
+    /// Closes the node.
+    fn release(self) {
+        let Self { control, root, .. } = self;
         drop(root);
         let prepared = control.change(|graph| graph.remove("disk"));
         let prepared = prepared.expect("nobody uses the node any more");
@@ -129,6 +149,27 @@ impl Disk {
             .block_on(async move { prepared.abort(&inner).await })
             .expect("it can be closed");
     }
+}
+
+/// The bytes of a file that are locked by descriptions, all of them shared.
+fn locked_bytes(path: &Path) -> BTreeSet<u64> {
+    let inode = fs::metadata(path).expect("it is there").ino();
+    let locks = fs::read_to_string("/proc/locks").expect("Linux shows its locks");
+    let mut bytes = BTreeSet::new();
+    for line in locks.lines() {
+        // 1: OFDLCK ADVISORY  READ -1 fd:01:1234 100 101
+        let words: Vec<_> = line.split_whitespace().collect();
+        let [_, kind, _, access, _, file, first, last] = words[..] else {
+            continue;
+        };
+        if file.rsplit(':').next() != Some(&inode.to_string()) {
+            continue;
+        }
+        assert_eq!((kind, access), ("OFDLCK", "READ"), "{line}");
+        let number = |text: &str| text.parse::<u64>().expect("a byte");
+        bytes.extend(number(first)..=number(last));
+    }
+    bytes
 }
 
 /// Memory for `bytes` bytes that is not aligned to anything, in two pieces.
