@@ -53,7 +53,7 @@ pub fn build(
     } else if args.format.is_none() {
         refuse_other_formats(args, probe)?;
     }
-    daemon.add_node(node_options(args))?;
+    daemon.add_node(node_options(args)?)?;
     daemon.add_export(ExportConfig {
         id: NAME.into(),
         node: NAME.into(),
@@ -123,7 +123,7 @@ fn refuse_other_formats(args: &ServeArgs, probe: &Probe) -> Result<(), Error> {
     )))
 }
 
-fn node_options(args: &ServeArgs) -> Options {
+fn node_options(args: &ServeArgs) -> Result<Options, Error> {
     let on_off = |on: bool| if on { "on" } else { "off" };
     let device =
         std::fs::metadata(&args.disk).is_ok_and(|metadata| metadata.file_type().is_block_device());
@@ -135,8 +135,8 @@ fn node_options(args: &ServeArgs) -> Options {
     options.set("cache.direct", on_off(args.cache.direct()));
     options.set("cache.no-flush", on_off(args.cache.no_flush()));
     options.set("file.driver", if device { "host_device" } else { "file" });
-    options.set("file.filename", args.disk.to_string_lossy());
-    options
+    options.set("file.filename", text(&args.disk)?);
+    Ok(options)
 }
 
 /// Prints what is served and how front-ends attach it.
