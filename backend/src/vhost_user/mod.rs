@@ -2,7 +2,7 @@
 //!
 //! One thread per export accepts front-ends in turn and serves each to its end: it takes a whole
 //! message from the front-end, lets the `vhost` crate parse it through a socketpair, does what it
-//! asks ([`session`]) and sends the answer back. The thread asks the control thread and waits for it,
+//! asks (`session`) and sends the answer back. The thread asks the control thread and waits for it,
 //! which asks the workers: so a message is answered after the workers have acted on it, and a queue
 //! that stops has nothing in flight.
 //!
