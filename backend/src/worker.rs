@@ -342,7 +342,8 @@ impl Worker {
         true
     }
 
-    fn sleep(&mut self) {
+    /// Sleeps until something happens, after [`arm`](Self::arm) has allowed it.
+    pub fn sleep(&mut self) {
         let unkicked = self
             .queues
             .iter()
