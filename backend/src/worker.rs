@@ -8,7 +8,8 @@
 //! get one reply each; the worker waits for nobody.
 //!
 //! Invariants: a request is completed exactly once, by the worker that popped it, and after its last
-//! access to the guest's memory. A queue leaves the worker only with nothing of it in flight.
+//! access to the guest's memory. A queue leaves the worker only with nothing of it in flight. While the
+//! write cache is off no write completes before it is stable, in whatever mode it began.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -141,7 +142,7 @@ struct Served {
     root: Rc<Root>,
     disk: Disk,
     writeback: Cell<bool>,
-    /// Something was written since the last flush began.
+    /// A write that need not be stable has ended since the last flush began.
     unflushed: Cell<bool>,
 }
 
@@ -535,8 +536,19 @@ impl Worker {
         let pending = queue.pending[usize::from(head)].as_ref();
         let pending = pending.expect("in flight until completed");
         let bytes = segments.bytes();
+        let write = matches!(pending.request, Request::Write { .. });
+        if write {
+            queue.served.unflushed.set(true);
+        }
         let done = match result {
-            Ok(done) if done == bytes => return queue.complete(head, Ok(())),
+            Ok(done) if done == bytes => {
+                if !write || queue.served.writeback.get() {
+                    return queue.complete(head, Ok(()));
+                }
+                // The write cache was turned off meanwhile: the guest will not flush for this one.
+                let served = Rc::clone(&queue.served);
+                return spawn(&self.context, &self.finished, token, served, Task::Flush);
+            }
             Ok(done) => done,
             Err(Errno::INTR | Errno::AGAIN) => 0,
             Err(error) => return queue.complete(head, Err(error.into())),
@@ -616,24 +628,33 @@ enum Task {
 
 impl Task {
     async fn run(self, served: &Served) -> Result<(), IoError> {
-        let root = &served.root;
         let flags = served.write_flags();
+        let changes = !matches!(self, Self::Read(..) | Self::Flush);
+        let outcome = self.transfer(served, flags).await;
+        if !changes || flags.contains(WriteFlags::STABLE) {
+            return outcome;
+        }
+        served.unflushed.set(true);
+        if outcome.is_ok() && !served.writeback.get() {
+            // The write cache was turned off meanwhile: the guest will not flush for this one.
+            return served.flush().await;
+        }
+        outcome
+    }
+
+    async fn transfer(self, served: &Served, flags: WriteFlags) -> Result<(), IoError> {
+        let root = &served.root;
         match self {
             Self::Read(offset, into) => root.read(offset, into).await,
-            Self::Write(offset, from) => {
-                served.unflushed.set(true);
-                root.write(offset, from, flags).await
-            }
+            Self::Write(offset, from) => root.write(offset, from, flags).await,
             Self::Flush => served.flush().await,
             Self::Discard(ranges) => {
-                served.unflushed.set(true);
                 for range in ranges {
                     root.discard(range.offset, range.bytes, flags).await?;
                 }
                 Ok(())
             }
             Self::WriteZeroes(ranges) => {
-                served.unflushed.set(true);
                 for range in ranges {
                     let zero = match range.unmap {
                         true => ZeroFlags::MAY_UNMAP,
@@ -732,7 +753,6 @@ impl Queue {
                 }
             }
             Request::Write { offset, .. } if served.writeback.get() => {
-                served.unflushed.set(true);
                 match served
                     .root
                     .start_write(offset, std::mem::take(&mut chain.readable), token)
