@@ -17,7 +17,7 @@ use async_lock::Mutex;
 use blockcore::driver::Limits;
 use blockcore::graph::permission::{Claim, Permissions};
 use blockcore::graph::{ClaimId, Control};
-use blockcore::io::Plan;
+use blockcore::io::{Plan, Root};
 use blockcore::mailbox::Mailbox;
 use blockcore::{Error, IoError};
 use futures_channel::oneshot;
@@ -58,6 +58,8 @@ pub struct Export {
     plan: Arc<Plan>,
     block_bytes: u32,
     writeback: Cell<bool>,
+    /// A queue was stopped since the last flush: its worker no longer knows what was not flushed.
+    unflushed: Cell<bool>,
     workers: Vec<WorkerMailbox>,
     /// The worker of each queue, by index.
     assignment: RefCell<Vec<usize>>,
@@ -108,6 +110,7 @@ impl Export {
             plan,
             block_bytes,
             writeback: Cell::new(!config.writethrough),
+            unflushed: Cell::new(false),
             assignment: RefCell::new((0..queues).map(|i| (first + i) % workers.len()).collect()),
             workers,
             stats: (0..queues).map(|_| Arc::default()).collect(),
@@ -192,6 +195,13 @@ impl Export {
         let mut outcome = Ok(());
         for answer in replies {
             outcome = outcome.and(answer.await.unwrap_or(Ok(())));
+        }
+        if !writeback && self.unflushed.get() {
+            let context = Rc::clone(self.control.context());
+            let root = Root::new(context, Arc::clone(&self.plan));
+            let flushed = root.flush().await;
+            self.unflushed.set(flushed.is_err());
+            outcome = outcome.and(flushed);
         }
         outcome
     }
@@ -296,6 +306,7 @@ impl Export {
         }
         let key = self.key(index);
         let state = self.ask(index, |reply| Command::Stop(key, reply)).await;
+        self.unflushed.set(true);
         let mut setup = self.running.borrow_mut().remove(&index)?;
         if let Some(Some(ring)) = state {
             setup.ring = ring;
