@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::future::Future;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -38,6 +39,7 @@ type Call = Box<dyn FnOnce(&Rc<Daemon>) + Send>;
 #[derive(Clone)]
 pub struct ControlHandle {
     calls: Arc<Mailbox<Call>>,
+    ended: Arc<AtomicBool>,
 }
 
 impl ControlHandle {
@@ -50,7 +52,7 @@ impl ControlHandle {
         W: Future<Output = T> + 'static,
     {
         let (reply, answer) = mpsc::sync_channel(1);
-        self.calls.post(Box::new(move |daemon| {
+        self.post(Box::new(move |daemon| {
             let result = work(Rc::clone(daemon));
             daemon.control.context().spawn(async move {
                 // Nobody waits any more if the caller's thread is gone.
@@ -107,8 +109,20 @@ impl ControlHandle {
 
     /// Asks the daemon to stop, without waiting for it.
     pub fn quit(&self) {
-        self.calls
-            .post(Box::new(|daemon| daemon.quitting.set(true)));
+        self.post(Box::new(|daemon| daemon.quitting.set(true)));
+    }
+
+    fn post(&self, call: Call) {
+        self.calls.post(call);
+        // Posting is ordered before this look, as the end is before the daemon's last look.
+        if self.ended.load(Ordering::SeqCst) {
+            self.drop_calls();
+        }
+    }
+
+    /// Drops calls that nobody will take any more, so that who waits for their answers is told.
+    fn drop_calls(&self) {
+        self.calls.take(&mut Vec::new());
     }
 }
 
@@ -128,6 +142,8 @@ pub struct Daemon {
     process: ProcessConfig,
     control: Control,
     calls: Arc<Mailbox<Call>>,
+    /// No call is taken any more.
+    ended: Arc<AtomicBool>,
     workers: RefCell<Vec<WorkerThread>>,
     exports: RefCell<BTreeMap<String, ExportEntry>>,
     /// Nodes that were opened by name, in order.
@@ -153,6 +169,7 @@ impl Daemon {
             process,
             control: Control::new(Graph::new(drivers), context),
             calls,
+            ended: Arc::default(),
             workers: RefCell::default(),
             exports: RefCell::default(),
             opened: RefCell::default(),
@@ -166,6 +183,7 @@ impl Daemon {
     pub fn handle(&self) -> ControlHandle {
         ControlHandle {
             calls: Arc::clone(&self.calls),
+            ended: Arc::clone(&self.ended),
         }
     }
 
@@ -360,6 +378,10 @@ impl Daemon {
         for name in self.opened.take().into_iter().rev() {
             outcome = outcome.and(self.close_node(&name));
         }
+        self.ended.store(true, Ordering::SeqCst);
+        // Orders the end before the last look; pairs with the fence in posting.
+        fence(Ordering::SeqCst);
+        self.handle().drop_calls();
         outcome
     }
 
