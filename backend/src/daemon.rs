@@ -10,6 +10,7 @@ use std::future::Future;
 use std::io::Write;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -39,6 +40,7 @@ type Call = Box<dyn FnOnce(&Rc<Daemon>) + Send>;
 #[derive(Clone)]
 pub struct ControlHandle {
     calls: Arc<Mailbox<Call>>,
+    ended: Arc<AtomicBool>,
 }
 
 impl ControlHandle {
@@ -51,7 +53,7 @@ impl ControlHandle {
         W: Future<Output = T> + 'static,
     {
         let (reply, answer) = mpsc::sync_channel(1);
-        self.calls.post(Box::new(move |daemon| {
+        self.post(Box::new(move |daemon| {
             let result = work(Rc::clone(daemon));
             daemon.control.context().spawn(async move {
                 // Nobody waits any more if the caller's thread is gone.
@@ -108,8 +110,20 @@ impl ControlHandle {
 
     /// Asks the daemon to stop, without waiting for it.
     pub fn quit(&self) {
-        self.calls
-            .post(Box::new(|daemon| daemon.quitting.set(true)));
+        self.post(Box::new(|daemon| daemon.quitting.set(true)));
+    }
+
+    fn post(&self, call: Call) {
+        self.calls.post(call);
+        // Posting is ordered before this look, as the end is before the daemon's last look.
+        if self.ended.load(Ordering::SeqCst) {
+            self.drop_calls();
+        }
+    }
+
+    /// Drops calls that nobody will take any more, so that who waits for their answers is told.
+    fn drop_calls(&self) {
+        self.calls.take(&mut Vec::new());
     }
 }
 
@@ -129,6 +143,8 @@ pub struct Daemon {
     process: ProcessConfig,
     control: Control,
     calls: Arc<Mailbox<Call>>,
+    /// No call is taken any more.
+    ended: Arc<AtomicBool>,
     workers: RefCell<Vec<WorkerThread>>,
     exports: RefCell<BTreeMap<String, ExportEntry>>,
     /// Nodes that were opened by name, in order.
@@ -154,6 +170,7 @@ impl Daemon {
             process,
             control: Control::new(Graph::new(drivers), context),
             calls,
+            ended: Arc::default(),
             workers: RefCell::default(),
             exports: RefCell::default(),
             opened: RefCell::default(),
@@ -167,6 +184,7 @@ impl Daemon {
     pub fn handle(&self) -> ControlHandle {
         ControlHandle {
             calls: Arc::clone(&self.calls),
+            ended: Arc::clone(&self.ended),
         }
     }
 
@@ -362,6 +380,10 @@ impl Daemon {
         for name in self.opened.take().into_iter().rev() {
             outcome = outcome.and(self.close_node(&name));
         }
+        self.ended.store(true, Ordering::SeqCst);
+        // Orders the end before the last look; pairs with the fence in posting.
+        fence(Ordering::SeqCst);
+        self.handle().drop_calls();
         outcome
     }
 

@@ -13,7 +13,6 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use async_lock::Mutex;
 use blockcore::driver::Limits;
 use blockcore::graph::permission::{Claim, Permissions};
 use blockcore::graph::{ClaimId, Control};
@@ -64,7 +63,7 @@ pub struct Export {
     stats: Vec<Arc<Stats>>,
     /// Queues that are served, with how they were set up.
     running: RefCell<BTreeMap<u16, QueueSetup>>,
-    changing: Mutex<()>,
+    turns: Turns,
 }
 
 impl Export {
@@ -112,7 +111,7 @@ impl Export {
             workers,
             stats: (0..queues).map(|_| Arc::default()).collect(),
             running: RefCell::default(),
-            changing: Mutex::new(()),
+            turns: Turns::default(),
             config,
         }))
     }
@@ -144,19 +143,19 @@ impl Export {
     ///
     /// What is wrong with its ring.
     pub async fn start_queue(&self, index: u16, setup: QueueSetup) -> Result<(), String> {
-        let _turn = self.changing.lock().await;
+        let _turn = self.turns.next().await;
         self.start(index, setup).await
     }
 
     /// Stops a queue with nothing of it in flight; `None` if it was not served.
     pub async fn stop_queue(&self, index: u16) -> Option<RingState> {
-        let _turn = self.changing.lock().await;
+        let _turn = self.turns.next().await;
         self.stop(index).await.map(|setup| setup.ring)
     }
 
     /// Tells the guest of a queue's completions by another descriptor.
     pub async fn set_call(&self, index: u16, call: Option<Arc<OwnedFd>>) {
-        let _turn = self.changing.lock().await;
+        let _turn = self.turns.next().await;
         match self.running.borrow_mut().get_mut(&index) {
             Some(setup) => setup.call.clone_from(&call),
             None => return,
@@ -173,7 +172,7 @@ impl Export {
     ///
     /// What was written before could not be flushed.
     pub async fn set_writeback(&self, writeback: bool) -> Result<(), IoError> {
-        let _turn = self.changing.lock().await;
+        let _turn = self.turns.next().await;
         self.writeback.set(writeback);
         let mut replies = Vec::new();
         for worker in &self.workers {
@@ -206,7 +205,7 @@ impl Export {
                 self.config.id
             )));
         }
-        let _turn = self.changing.lock().await;
+        let _turn = self.turns.next().await;
         let stopped = self.stop(index).await;
         self.assignment.borrow_mut()[usize::from(index)] = worker;
         if let Some(setup) = stopped {
@@ -312,6 +311,34 @@ impl Export {
         let (reply, answer) = oneshot::channel();
         self.workers[worker].post(command(reply));
         answer.await.ok()
+    }
+}
+
+/// Changes of one export's queues, one at a time and in the order in which they came.
+///
+/// Not a lock from a library: those let whoever comes go before those who wait, or look at the time to
+/// decide who is next, and a simulated run could not be had again.
+#[derive(Default)]
+struct Turns {
+    /// The end of the turn that was given out last.
+    last: RefCell<Option<oneshot::Receiver<()>>>,
+}
+
+/// One turn; dropping it ends it.
+struct OneTurn(#[expect(dead_code, reason = "dropping it tells the next")] oneshot::Sender<()>);
+
+impl Turns {
+    /// Waits until everybody who came before has ended.
+    ///
+    /// # Cancellation
+    ///
+    /// Who waits must not be dropped: the next would take it for an end. Tasks of control run to theirs.
+    async fn next(&self) -> OneTurn {
+        let (end, ended) = oneshot::channel();
+        if let Some(before) = self.last.replace(Some(ended)) {
+            let _ = before.await;
+        }
+        OneTurn(end)
     }
 }
 
