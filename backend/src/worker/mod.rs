@@ -35,7 +35,9 @@ use crate::virtio::blk::{self, Request};
 use crate::virtio::queue::{Chain, Ring, RingState};
 
 /// Requests taken from one queue before the others and the host have their turn.
-const BATCH: usize = 16;
+const BATCH: usize = 8;
+/// The same for a disk past the page cache, which works beside us: it should get its next request early.
+const DIRECT_BATCH: usize = 4;
 /// The same where the worker shares its core: each turn may then cost it the core.
 const CROWDED_BATCH: usize = 64;
 /// Completions after which the guest is told, however many more are to come: it can deal with them on
@@ -118,8 +120,8 @@ pub struct Worker {
     /// Reused from one request to the next.
     chain: Chain,
     faults: u32,
-    batch: usize,
-    announce_every: u16,
+    /// Another thread's work is done on this worker's core.
+    crowded: bool,
     exiting: bool,
     fast_path: bool,
 }
@@ -137,8 +139,7 @@ impl Worker {
             events: Vec::new(),
             chain: Chain::default(),
             faults: memory::faults(),
-            batch: BATCH,
-            announce_every: ANNOUNCE_EVERY,
+            crowded: false,
             exiting: false,
             fast_path: true,
         }
@@ -159,11 +160,7 @@ impl Worker {
                 turns += 1;
                 if turns == CROWDING_LOOK {
                     let now = self.context.engine().preemptions();
-                    let crowded = now - std::mem::replace(&mut preemptions, now) >= CROWDED;
-                    (self.batch, self.announce_every) = match crowded {
-                        true => (CROWDED_BATCH, u16::MAX),
-                        false => (BATCH, ANNOUNCE_EVERY),
-                    };
+                    self.crowded = now - std::mem::replace(&mut preemptions, now) >= CROWDED;
                     turns = 0;
                 }
                 if idle_since.take().is_some() {
@@ -201,6 +198,11 @@ impl Worker {
         let mut events = std::mem::take(&mut self.events);
         progress |= self.context.turn(&mut events);
         progress |= !events.is_empty();
+        let announce_every = if self.crowded {
+            u16::MAX
+        } else {
+            ANNOUNCE_EVERY
+        };
         for event in events.drain(..) {
             match event {
                 Event::Done {
@@ -211,7 +213,7 @@ impl Worker {
                     self.transferred(token, result, segments);
                     let (slot, _) = split(token);
                     if let Some(queue) = &mut self.queues[slot]
-                        && queue.ring.unpublished() >= self.announce_every
+                        && queue.ring.unpublished() >= announce_every
                     {
                         queue.announce();
                     }
@@ -386,7 +388,12 @@ impl Worker {
             return false;
         }
         let mut popped = false;
-        for _ in 0..self.batch {
+        let batch = match (self.crowded, queue.served.root.plan().is_direct()) {
+            (true, _) => CROWDED_BATCH,
+            (false, true) => DIRECT_BATCH,
+            (false, false) => BATCH,
+        };
+        for _ in 0..batch {
             let begun = match queue.ring.pop(&mut self.chain) {
                 Ok(false) => break,
                 Ok(true) => queue

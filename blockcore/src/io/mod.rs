@@ -109,6 +109,11 @@ impl Plan {
         self.nodes[0].modes
     }
 
+    /// Whether requests go past the host's page cache, so that the disk works beside the worker.
+    pub fn is_direct(&self) -> bool {
+        self.fast.alignment > 1
+    }
+
     /// How many syncs engines have started on the files below.
     pub fn host_syncs(&self) -> u64 {
         let files = self.nodes.iter().flat_map(|node| node.io.files());
