@@ -146,7 +146,6 @@ struct Session {
     hang_up: Arc<dyn Fn() + Send + Sync>,
     offered: u64,
     features: u64,
-    protocol_features: u64,
     owned: bool,
     regions: Vec<Arc<Region>>,
     memory: Arc<GuestMap>,
@@ -174,7 +173,6 @@ impl Session {
             }),
             offered: offered_features(&info),
             features: 0,
-            protocol_features: 0,
             owned: false,
             regions: Vec::new(),
             memory,
@@ -543,7 +541,6 @@ impl VhostUserBackendReqHandlerMut for Session {
         if unknown != 0 {
             return self.refuse(format!("protocol features {unknown:#x} were not offered"));
         }
-        self.protocol_features = features;
         Ok(())
     }
 
