@@ -11,15 +11,14 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use blockcore::driver::{WriteFlags, ZeroFlags};
 use blockcore::engine::sim::{Faults, FileProperties, Random, Simulation, Worker};
 use blockcore::engine::{Event, FileType, OpResult, preempt};
-use blockcore::graph::{Control, Graph};
+use blockcore::graph::{Control, Graph, RootId, RootSpec};
 use blockcore::io::buffer::Segments;
-use blockcore::io::{Plan, Root};
+use blockcore::io::{Request, RequestKind, Root};
 use blockcore::options::Options;
 use blockcore::{Error, ErrorKind, IoError};
 use futures_channel::oneshot;
@@ -86,14 +85,18 @@ fn of_two_flushes_at_once_neither_succeeds_unless_the_data_is_durable() {
         );
         let options = format!("driver=file,node-name=disk,filename={PATH}");
         let (inner, options) = (control.clone(), Options::parse(&options, None).unwrap());
+        let handles = [0, 1].map(|i: usize| workers[i].context().handle().clone());
         let opened = simulation.run(&workers[0], LIMIT, async move {
-            inner.open(options, None).await
+            inner.add(options).await?;
+            let spec = RootSpec::writer("a guest").in_units_of(512);
+            let root = inner.add_root("disk", spec).await?;
+            for handle in &handles {
+                inner.attach(root, handle).await?;
+            }
+            Ok::<_, Error>(root)
         });
-        let prepared = opened.unwrap().unwrap();
-        control.change(|graph| graph.insert(prepared).ok().unwrap());
-        let plan = control.read(|graph| graph.plan("disk", 512)).unwrap();
-        let roots =
-            [0, 1].map(|i: usize| Root::new(Rc::clone(workers[i].context()), Arc::clone(&plan)));
+        let root = opened.unwrap().unwrap();
+        let roots = [0, 1].map(|i: usize| workers[i].context().root(root).unwrap());
 
         let from = Segments::allocate(4096, 4096);
         from.fill(7);
@@ -415,18 +418,16 @@ impl Test {
             .collect();
         let context = Rc::clone(workers[0].0.context());
         let control = Control::new(Graph::new(formats::drivers()), context);
-        self.open(simulation, &workers[0].0, &control)?;
+        let root_id = self.open(simulation, &workers, &control)?;
         // What the life before had under way is over: it would have held its locks.
         let flush_may_have_failed = self.flushes.take() > 0 && self.flushes_can_be_lost();
         self.history.borrow_mut().killed(flush_may_have_failed);
         self.outstanding.set(0);
 
-        let plan = control.read(|graph| graph.plan("disk", case.grain as u32));
-        let plan = plan.map_err(|error| error.report())?;
         let servers: Vec<_> = workers
             .into_iter()
             .map(|(worker, fast)| {
-                let root = Root::new(Rc::clone(worker.context()), Arc::clone(&plan));
+                let root = worker.context().root(root_id).expect("attached");
                 if !case.fast_path {
                     root.disable_fast_path();
                 }
@@ -449,11 +450,12 @@ impl Test {
             _ => self.below(case.requests as u64 + 1) as usize,
         };
         self.serve(simulation, &servers, issued)?;
-        if case.no_flush && plan.host_syncs() > 0 {
+        let plan = control.read(|graph| graph.plan(root_id));
+        if case.no_flush && plan.is_some_and(|plan| plan.host_syncs() > 0) {
             return Err("a node that ignores flushes has made one".into());
         }
         match end {
-            End::InOrder => self.close(simulation, servers, &plan, &control),
+            End::InOrder => self.close(simulation, servers, root_id, &control),
             End::Kill => {
                 self.totals.borrow_mut().kills += 1;
                 simulation.kill();
@@ -480,27 +482,37 @@ impl Test {
     fn open(
         &self,
         simulation: &Simulation,
-        worker: &Rc<Worker>,
+        workers: &[(Rc<Worker>, FastPath)],
         control: &Control,
-    ) -> Result<(), String> {
+    ) -> Result<RootId, String> {
         if simulation.in_flight() > 0 {
             self.totals.borrow_mut().opened_behind_io += 1;
         }
+        let grain = self.case.grain as u32;
         for _ in 0..10_000 {
             let (inner, options) = (control.clone(), self.case.options());
-            let opened = simulation.run(
-                worker,
-                LIMIT,
-                async move { inner.open(options, None).await },
-            );
+            let opened = simulation.run(&workers[0].0, LIMIT, async move {
+                match inner.add(options).await {
+                    Err(error) if error.kind() != ErrorKind::Exists => return Err(error),
+                    _ => {}
+                }
+                let spec = RootSpec::writer("a guest");
+                let spec = spec.in_units_of(grain);
+                inner.add_root("disk", spec).await
+            });
             match opened.map_err(|stuck| stuck.to_string())? {
-                Ok(prepared) => {
-                    let inserted = control.change(|graph| graph.insert(prepared));
-                    inserted.map_err(|(error, _)| error.report())?;
+                Ok(root) => {
                     if simulation.in_flight() > 0 {
                         return Err("opened while I/O of the life before is under way".into());
                     }
-                    return Ok(());
+                    for (worker, _) in workers {
+                        let (inner, handle) = (control.clone(), worker.context().handle().clone());
+                        let attach = async move { inner.attach(root, &handle).await };
+                        let attached = simulation.run(&workers[0].0, LIMIT, attach);
+                        let attached = attached.map_err(|stuck| stuck.to_string())?;
+                        attached.map_err(|error| error.report())?;
+                    }
+                    return Ok(root);
                 }
                 Err(error) => self.check_open_error(&error)?,
             }
@@ -547,27 +559,32 @@ impl Test {
         self: &Rc<Self>,
         simulation: &Simulation,
         servers: Vec<Rc<Server>>,
-        plan: &Plan,
+        root: RootId,
         control: &Control,
     ) -> Result<(), String> {
         let idle = || self.outstanding.get() == 0 || self.failure.borrow().is_some();
         let run = simulation.run_until(LIMIT, idle);
         self.check()?;
         run.map_err(|stuck| stuck.to_string())?;
-        if plan.bytes() != self.case.bytes {
-            return Err(format!("the disk has {} bytes now", plan.bytes()));
+        let bytes = servers[0].root.bytes();
+        if bytes != self.case.bytes {
+            return Err(format!("the disk has {bytes} bytes now"));
         }
         let contents = self.contents(simulation);
         let checked = self.history.borrow().check_now(&contents);
         checked.map_err(|wrong| wrong.to_string())?;
         let worker = Rc::clone(&servers[0].worker);
         drop(servers);
-        let removed = control.change(|graph| graph.remove("disk"));
-        let removed = removed.map_err(|error| error.report())?;
-        let context = Rc::clone(worker.context());
-        let closed = simulation.run(&worker, LIMIT, async move { removed.abort(&context).await });
-        let closed = closed.map_err(|stuck| stuck.to_string())?;
-        closed.map_err(|error| error.report())?;
+        let inner = control.clone();
+        let closed = simulation.run(&worker, LIMIT, async move {
+            inner.remove_root(root).await?;
+            inner.remove("disk").await
+        });
+        match closed.map_err(|stuck| stuck.to_string())? {
+            // What is lost was said already, to whoever flushed.
+            Err(error) if self.case.faults.sync_error_permille == 0 => return Err(error.report()),
+            _ => {}
+        }
         let nothing_left = || simulation.in_flight() == 0;
         let run = simulation.run_until(LIMIT, nothing_left);
         run.map_err(|stuck| stuck.to_string())
@@ -685,11 +702,13 @@ impl Server {
         let into = test.memory(bytes);
         into.fill(0xa5);
         let read = test.history.borrow_mut().begin_read(offset, bytes);
-        let started = self.start(|token| self.root.start_read(offset, into.clone(), token));
+        let request = self.enter(RequestKind::Read, offset, bytes).await;
+        let started = self.start(|token| request.start_read(offset, into.clone(), token));
         let result = match is_whole(started, bytes).await {
             true => Ok(()),
-            false => self.root.read(offset, into.clone()).await,
+            false => request.read(offset, into.clone()).await,
         };
+        drop(request);
         let data = result.is_ok().then(|| into.to_vec());
         let checked = test.history.borrow_mut().end_read(read, data.as_deref());
         if let Err(wrong) = checked {
@@ -707,17 +726,19 @@ impl Server {
         from.copy_from(&history::data(tag, offset, bytes));
         let flags = self.write_flags();
         let write = test.history.borrow_mut().begin_write(tag, offset, bytes);
+        let request = self.enter(RequestKind::Write, offset, bytes).await;
         let started = match flags.is_empty() {
-            true => self.start(|token| self.root.start_write(offset, from.clone(), token)),
+            true => self.start(|token| request.start_write(offset, from.clone(), token)),
             false => None,
         };
         let result = match is_whole(started, bytes).await {
             true => Ok(()),
             false => {
-                let slow = self.root.write(offset, from.clone(), flags);
+                let slow = request.write(offset, from.clone(), flags);
                 self.counted(flags, slow).await
             }
         };
+        drop(request);
         self.end_write("write", write, result, flags);
     }
 
@@ -727,7 +748,8 @@ impl Server {
         how.set(ZeroFlags::MAY_UNMAP, test.chance(500));
         let flags = self.write_flags();
         let write = test.history.borrow_mut().begin_write(0, offset, bytes);
-        let zero = self.root.write_zeroes(offset, bytes, how, flags);
+        how.set(ZeroFlags::STABLE, flags.contains(WriteFlags::STABLE));
+        let zero = self.root.write_zeroes(offset, bytes, how);
         let result = self.counted(flags, zero).await;
         self.end_write("zeroing", write, result, flags);
     }
@@ -736,7 +758,13 @@ impl Server {
         let test = &self.test;
         let flags = self.write_flags();
         let write = test.history.borrow_mut().begin_write(0, offset, bytes);
-        let discard = self.root.discard(offset, bytes, flags);
+        let discard = async {
+            self.root.discard(offset, bytes).await?;
+            match flags.contains(WriteFlags::STABLE) {
+                true => self.root.flush().await,
+                false => Ok(()),
+            }
+        };
         let result = self.counted(flags, discard).await;
         test.history.borrow_mut().end_discard(write);
         self.after_stable(flags, result);
@@ -779,9 +807,9 @@ impl Server {
             self.root.read(outside, into.clone()).await,
             self.root.write(outside, into, write).await,
             self.root
-                .write_zeroes(u64::MAX - 511, 512, ZeroFlags::empty(), write)
+                .write_zeroes(u64::MAX - 511, 512, ZeroFlags::empty())
                 .await,
-            self.root.discard(end, bytes, write).await,
+            self.root.discard(end, bytes).await,
         ];
         if results != [Err(IoError::OutOfRange); 4] {
             self.test
@@ -794,6 +822,10 @@ impl Server {
             true => WriteFlags::STABLE,
             false => WriteFlags::empty(),
         }
+    }
+
+    async fn enter(&self, kind: RequestKind, offset: u64, bytes: u64) -> Request {
+        self.root.enter(kind, offset, bytes).await
     }
 
     /// Starts an operation without a task, if that is possible.

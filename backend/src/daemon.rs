@@ -17,14 +17,14 @@ use std::time::Duration;
 
 use blockcore::driver::DriverType;
 use blockcore::engine::{self, Event, WatchId};
-use blockcore::graph::{Control, Graph};
-use blockcore::io::{IoContext, Root};
+use blockcore::graph::{Control, Graph, RootUser};
+use blockcore::io::IoContext;
 use blockcore::mailbox::Mailbox;
 use blockcore::options::Options;
 use blockcore::{Error, ErrorKind};
 
 use crate::config::{ExportConfig, ProcessConfig};
-use crate::export::{Export, WorkerMailbox};
+use crate::export::{Export, WorkerHandle};
 use crate::signals::Signals;
 use crate::vhost_user::listener::{Server, Socket};
 use crate::vhost_user::session::BackendChannel;
@@ -100,12 +100,7 @@ impl ControlHandle {
     /// Tells an export's front-end that the configuration has changed.
     pub fn config_changed(&self, id: &str) {
         let id = id.to_owned();
-        self.call(move |daemon| async move {
-            let exports = daemon.exports.borrow();
-            if let Some(channel) = exports.get(&id).and_then(|entry| entry.channel.as_ref()) {
-                channel.config_changed();
-            }
-        });
+        self.call(move |daemon| async move { daemon.config_changed(&id) });
     }
 
     /// Asks the daemon to stop, without waiting for it.
@@ -133,8 +128,22 @@ struct ExportEntry {
     channel: Option<BackendChannel>,
 }
 
+/// Tells an export's front-end what happens to its node.
+struct ExportUser {
+    id: String,
+    handle: ControlHandle,
+}
+
+impl RootUser for ExportUser {
+    fn resized(&self, _bytes: u64) {
+        let id = self.id.clone();
+        self.handle
+            .post(Box::new(move |daemon| daemon.config_changed(&id)));
+    }
+}
+
 struct WorkerThread {
-    mailbox: WorkerMailbox,
+    handle: WorkerHandle,
     thread: JoinHandle<()>,
 }
 
@@ -222,19 +231,12 @@ impl Daemon {
     pub fn add_node(self: &Rc<Self>, options: Options) -> Result<(), Error> {
         let daemon = Rc::clone(self);
         self.block_on(async move {
-            let control = &daemon.control;
-            let prepared = control.open(options, None).await?;
-            let name = prepared.name().to_owned();
-            match control.change(|graph| graph.insert(prepared)) {
-                Ok(()) => {
-                    daemon.opened.borrow_mut().push(name);
-                    Ok(())
-                }
-                Err((error, prepared)) => {
-                    prepared.abort(control.context()).await?;
-                    Err(error)
-                }
-            }
+            let node = daemon.control.add(options).await?;
+            let name = daemon
+                .control
+                .read(|graph| graph.node_by_id(node).map(|node| node.name().to_owned()));
+            daemon.opened.borrow_mut().extend(name);
+            Ok(())
         })
     }
 
@@ -273,15 +275,22 @@ impl Daemon {
         let device = DeviceId(self.next_device.replace(self.next_device.get() + 1));
         let first = self.next_worker.replace(self.next_worker.get() + queues);
         let workers = self.workers.borrow();
-        let workers = workers.iter().map(|worker| Arc::clone(&worker.mailbox));
+        let workers: Vec<_> = workers.iter().map(|worker| worker.handle.clone()).collect();
         let path = config.socket.clone();
-        let export = Export::new(config, device, &self.control, workers.collect(), first)?;
+        let user: Rc<dyn RootUser> = Rc::new(ExportUser {
+            id: id.clone(),
+            handle: self.handle(),
+        });
+        let control = self.control.clone();
+        let export = self.block_on(async move {
+            Export::new(config, device, &control, workers, first, Some(user)).await
+        })?;
         let server =
             Socket::bind(&path).and_then(|socket| Server::start(socket, &id, self.handle()));
         let server = match server {
             Ok(server) => server,
             Err(error) => {
-                export.close();
+                self.block_on(async move { export.close().await })?;
                 return Err(error);
             }
         };
@@ -315,6 +324,13 @@ impl Daemon {
         self.stop()
     }
 
+    fn config_changed(&self, id: &str) {
+        let exports = self.exports.borrow();
+        if let Some(channel) = exports.get(id).and_then(|entry| entry.channel.as_ref()) {
+            channel.config_changed();
+        }
+    }
+
     fn signalled(&self, signals: &Signals, watches: &[WatchId; 2], watch: WatchId) {
         if watch == watches[0] && signals.stop_requested() {
             tracing::info!("asked to stop");
@@ -336,10 +352,17 @@ impl Daemon {
         for call in calls {
             call(self);
         }
+        for notice in self.control.take_notices() {
+            tracing::info!(?notice, "a worker has something to say");
+            busy = true;
+        }
         busy |= context.turn(&mut events);
         if !busy && events.is_empty() {
             let calls = &self.calls;
-            context.sleep(&mut events, limit, || calls.is_empty());
+            let control = &self.control;
+            context.sleep(&mut events, limit, || {
+                calls.is_empty() && !control.has_notices()
+            });
         }
         for event in events {
             if let Event::Ready(watch) = event {
@@ -365,17 +388,18 @@ impl Daemon {
         while connected(self) {
             self.turn(Some(STOP_LOOK), |_, _| {});
         }
-        for worker in self.workers.borrow().iter() {
-            worker.mailbox.post(Command::Exit);
-        }
-        for worker in self.workers.take() {
-            let _ = worker.thread.join();
-        }
         let mut outcome = Ok(());
         for (id, entry) in self.exports.take() {
             entry.server.join();
             outcome = outcome.and(self.flush(&id, &entry.export));
-            entry.export.close();
+            let export = entry.export;
+            outcome = outcome.and(self.block_on(async move { export.close().await }));
+        }
+        for worker in self.workers.borrow().iter() {
+            worker.handle.commands.post(Command::Exit);
+        }
+        for worker in self.workers.take() {
+            let _ = worker.thread.join();
         }
         for name in self.opened.take().into_iter().rev() {
             outcome = outcome.and(self.close_node(&name));
@@ -387,12 +411,12 @@ impl Daemon {
         outcome
     }
 
-    fn flush(&self, id: &str, export: &Export) -> Result<(), Error> {
+    fn flush(&self, id: &str, export: &Rc<Export>) -> Result<(), Error> {
         if !export.config().writable {
             return Ok(());
         }
-        let root = Root::new(Rc::clone(self.control.context()), Arc::clone(export.plan()));
-        let flushed = self.block_on(async move { root.flush().await });
+        let export = Rc::clone(export);
+        let flushed = self.block_on(async move { export.flush().await });
         flushed.map_err(|error| {
             Error::new(
                 ErrorKind::Io,
@@ -402,14 +426,11 @@ impl Daemon {
     }
 
     fn close_node(&self, name: &str) -> Result<(), Error> {
-        match self.control.change(|graph| graph.remove(name)) {
-            Ok(removed) => {
-                let context = Rc::clone(self.control.context());
-                self.block_on(async move { removed.abort(&context).await })
-            }
+        let (control, name) = (self.control.clone(), name.to_owned());
+        match self.block_on(async move { control.remove(&name).await }) {
             // Gone with its parent.
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-            Err(error) => Err(error),
+            closed => closed,
         }
     }
 }
@@ -438,14 +459,18 @@ fn start_worker(number: usize, process: &ProcessConfig) -> Result<WorkerThread, 
                 }
             };
             let commands = Mailbox::new(Arc::clone(context.engine().sleeper()));
-            let _ = made.send(Ok(Arc::clone(&commands)));
-            Worker::new(context, commands).run(max_poll);
+            let _ = made.send(Ok(WorkerHandle {
+                commands: Arc::clone(&commands),
+                context: context.handle().clone(),
+            }));
+            Worker::new(Rc::clone(&context), commands).run(max_poll);
+            context.abandon();
         })
         .map_err(|error| Error::new(ErrorKind::Io, format!("cannot start a worker: {error}")))?;
-    let mailbox = ready
+    let handle = ready
         .recv()
         .unwrap_or_else(|_| Err(Error::new(ErrorKind::Io, "a worker ended at its start")))?;
-    Ok(WorkerThread { mailbox, thread })
+    Ok(WorkerThread { handle, thread })
 }
 
 fn pin(cpu: Option<usize>) -> Result<(), Error> {

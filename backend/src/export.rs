@@ -14,10 +14,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use blockcore::driver::Limits;
-use blockcore::graph::permission::{Claim, Permissions};
-use blockcore::graph::{ClaimId, Control};
-use blockcore::io::{Plan, Root};
+use blockcore::graph::permission::Permissions;
+use blockcore::graph::{Control, RootId, RootSpec, RootUser};
+use blockcore::io::{ContextHandle, Plan};
 use blockcore::mailbox::Mailbox;
+use blockcore::turns::Turns;
 use blockcore::{Error, IoError};
 use futures_channel::oneshot;
 
@@ -27,8 +28,14 @@ use crate::virtio::blk::{self, DiskInfo};
 use crate::virtio::queue::RingState;
 use crate::worker::{Command, DeviceId, Disk, QueueKey, StartQueue, Stats};
 
-/// A worker as the control thread knows it: its mailbox.
-pub type WorkerMailbox = Arc<Mailbox<Command>>;
+/// A worker as the control thread knows it.
+#[derive(Clone)]
+pub struct WorkerHandle {
+    /// For commands.
+    pub commands: Arc<Mailbox<Command>>,
+    /// For the roots of the disks that it serves.
+    pub context: ContextHandle,
+}
 
 /// A queue as a session wants it served.
 pub struct QueueSetup {
@@ -53,11 +60,10 @@ pub struct Export {
     config: ExportConfig,
     device: DeviceId,
     control: Control,
-    claim: ClaimId,
-    plan: Arc<Plan>,
+    root: RootId,
     block_bytes: u32,
     writeback: Cell<bool>,
-    workers: Vec<WorkerMailbox>,
+    workers: Vec<WorkerHandle>,
     /// The worker of each queue, by index.
     assignment: RefCell<Vec<usize>>,
     stats: Vec<Arc<Stats>>,
@@ -73,38 +79,47 @@ impl Export {
     ///
     /// The node does not exist, is held by somebody, is read-only and should be written to, or
     /// cannot be a disk with this block size.
-    pub fn new(
+    pub async fn new(
         config: ExportConfig,
         device: DeviceId,
         control: &Control,
-        workers: Vec<WorkerMailbox>,
+        workers: Vec<WorkerHandle>,
         first: usize,
+        user: Option<Rc<dyn RootUser>>,
     ) -> Result<Rc<Self>, Error> {
         config.check()?;
-        let writes = Permissions::WRITE | Permissions::RESIZE;
         let mut needs = Permissions::CONSISTENT_READ;
         let mut shares = Permissions::all();
         if config.writable {
             needs |= Permissions::WRITE;
-            shares -= writes;
+            // A change of length is told to the guest; other writers would corrupt its disk.
+            shares -= Permissions::WRITE;
         }
-        let claim = Claim {
+        let block_bytes = control.read(|graph| {
+            let node = graph.node(&config.node)?;
+            let name = graph.describe(node);
+            block_bytes(&config, &name, node.bytes(), node.limits())
+        })?;
+        let spec = RootSpec {
             who: format!("export '{}'", config.id),
             needs,
             shares,
+            unit_bytes: block_bytes,
+            stays: false,
+            user,
         };
-        let block_bytes = control.read(|graph| {
-            let node = graph.node(&config.node)?;
-            block_bytes(&config, &node.describe(graph), node.bytes(), node.limits())
-        })?;
-        let claim = control.change(|graph| graph.claim(&config.node, claim))?;
-        let plan = control.read(|graph| graph.plan(&config.node, block_bytes))?;
+        let root = control.add_root(&config.node, spec).await?;
+        for worker in &workers {
+            if let Err(error) = control.attach(root, &worker.context).await {
+                control.remove_root(root).await?;
+                return Err(error);
+            }
+        }
         let queues = usize::from(config.queues);
         Ok(Rc::new(Self {
             device,
             control: control.clone(),
-            claim,
-            plan,
+            root,
             block_bytes,
             writeback: Cell::new(!config.writethrough),
             assignment: RefCell::new((0..queues).map(|i| (first + i) % workers.len()).collect()),
@@ -123,16 +138,17 @@ impl Export {
 
     /// What the guest sees of the disk, now.
     pub fn info(&self) -> DiskInfo {
-        let limits = self.plan.limits();
+        let plan = self.plan();
+        let limits = plan.limits();
         DiskInfo {
-            bytes: self.plan.bytes(),
+            bytes: plan.bytes(),
             block_bytes: self.block_bytes,
             physical_block_bytes: limits.physical_block_bytes.max(self.block_bytes),
             optimal_io_bytes: limits.optimal_io_bytes,
             discard_granularity_bytes: limits.discard_granularity_bytes,
             queues: self.config.queues,
             read_only: !self.config.writable,
-            unmap: self.plan.modes().unmap,
+            unmap: plan.modes().unmap,
             writeback: self.writeback.get(),
         }
     }
@@ -177,7 +193,9 @@ impl Export {
         let mut replies = Vec::new();
         for worker in &self.workers {
             let (reply, answer) = oneshot::channel();
-            worker.post(Command::SetWriteback(self.device, writeback, reply));
+            worker
+                .commands
+                .post(Command::SetWriteback(self.device, writeback, reply));
             replies.push(answer);
         }
         for answer in replies {
@@ -188,8 +206,17 @@ impl Export {
             return Ok(());
         }
         // One flush for all workers, also for what queues wrote that have been stopped or moved since.
-        let context = Rc::clone(self.control.context());
-        Root::new(context, Arc::clone(&self.plan)).flush().await
+        self.flush().await
+    }
+
+    /// Makes durable what the guest's queues have completed, on whichever worker.
+    ///
+    /// # Errors
+    ///
+    /// What could not be made durable.
+    pub async fn flush(&self) -> Result<(), IoError> {
+        let root = self.control.root_here(self.root);
+        root.map_err(|_| IoError::Failed)?.flush().await
     }
 
     /// Moves a queue to another worker, running or not.
@@ -223,15 +250,24 @@ impl Export {
     }
 
     /// Gives the node up. The export's queues have been stopped.
-    pub fn close(&self) {
+    ///
+    /// # Errors
+    ///
+    /// What a node that went with it could not write back.
+    pub async fn close(&self) -> Result<(), Error> {
         debug_assert!(self.running.borrow().is_empty(), "queues are stopped first");
-        self.control
-            .change(|graph| graph.release(&self.config.node, self.claim));
+        self.control.remove_root(self.root).await
     }
 
     /// The disk below.
-    pub fn plan(&self) -> &Arc<Plan> {
-        &self.plan
+    pub fn root(&self) -> RootId {
+        self.root
+    }
+
+    /// What the requests of its guest need of the graph, now.
+    pub fn plan(&self) -> Arc<Plan> {
+        let plan = self.control.read(|graph| graph.plan(self.root));
+        plan.expect("an export has its root until it is closed")
     }
 
     /// One line of counters, as `SIGUSR1` prints it.
@@ -250,7 +286,7 @@ impl Export {
             sum(|stats| &stats.flushes),
             sum(|stats| &stats.ranges),
             sum(|stats| &stats.errors),
-            self.plan.host_syncs()
+            self.plan().host_syncs()
         )
     }
 
@@ -269,7 +305,7 @@ impl Export {
             kick: setup.kick.clone(),
             call: setup.call.clone(),
             error: setup.error.clone(),
-            plan: Arc::clone(&self.plan),
+            root: self.root,
             disk: Disk {
                 export: self.config.id.as_str().into(),
                 block_bytes: self.block_bytes,
@@ -309,36 +345,8 @@ impl Export {
     ) -> Option<T> {
         let worker = self.worker_of(index)?;
         let (reply, answer) = oneshot::channel();
-        self.workers[worker].post(command(reply));
+        self.workers[worker].commands.post(command(reply));
         answer.await.ok()
-    }
-}
-
-/// Changes of one export's queues, one at a time and in the order in which they came.
-///
-/// Not a lock from a library: those let whoever comes go before those who wait, or look at the time to
-/// decide who is next, and a simulated run could not be had again.
-#[derive(Default)]
-struct Turns {
-    /// The end of the turn that was given out last.
-    last: RefCell<Option<oneshot::Receiver<()>>>,
-}
-
-/// One turn; dropping it ends it.
-struct OneTurn(#[expect(dead_code, reason = "dropping it tells the next")] oneshot::Sender<()>);
-
-impl Turns {
-    /// Waits until everybody who came before has ended.
-    ///
-    /// # Cancellation
-    ///
-    /// Who waits must not be dropped: the next would take it for an end. Tasks of control run to theirs.
-    async fn next(&self) -> OneTurn {
-        let (end, ended) = oneshot::channel();
-        if let Some(before) = self.last.replace(Some(ended)) {
-            let _ = before.await;
-        }
-        OneTurn(end)
     }
 }
 

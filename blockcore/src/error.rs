@@ -129,6 +129,8 @@ pub enum IoError {
     OutOfRange,
     /// The node is read-only (`EPERM`).
     ReadOnly,
+    /// It would have had to wait, and was asked not to (`EBUSY`).
+    Busy,
     /// An earlier flush of this file failed: what it covered may be lost, so no later flush can
     /// succeed until the node is opened again.
     FlushLost,
@@ -153,6 +155,7 @@ impl fmt::Display for IoError {
             Self::Unsupported => "operation not supported",
             Self::OutOfRange => "range outside the node or not aligned",
             Self::ReadOnly => "node is read-only",
+            Self::Busy => "another request is in the way",
             Self::FlushLost => "an earlier flush failed; the node must be opened again",
         })
     }

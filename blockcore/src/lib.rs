@@ -18,6 +18,9 @@
 //! Under `--cfg loom` only the modelled files are built: the model checker's locks and counts take the
 //! place of real ones, and nothing else can use those.
 
+pub mod dirty_bitmap;
+#[cfg(not(loom))]
+pub mod drain;
 #[cfg(not(loom))]
 pub mod driver;
 #[cfg(not(loom))]
@@ -27,13 +30,19 @@ pub mod error;
 #[cfg(not(loom))]
 pub mod executor;
 #[cfg(not(loom))]
+pub mod fault;
+#[cfg(not(loom))]
 pub mod graph;
 #[cfg(not(loom))]
 pub mod io;
 pub mod mailbox;
 #[cfg(not(loom))]
+pub mod node;
+#[cfg(not(loom))]
 pub mod options;
 pub(crate) mod sync;
+#[cfg(not(loom))]
+pub mod turns;
 
 #[cfg(not(loom))]
 pub use error::{Error, ErrorKind, IoError};

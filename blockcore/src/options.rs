@@ -112,6 +112,25 @@ impl Options {
         self.values.is_empty()
     }
 
+    /// The first option, by name, that is not the same in both.
+    pub fn first_difference(&self, other: &Self) -> Option<String> {
+        let names = self.values.keys().chain(other.values.keys());
+        let mut differ = names.filter(|name| self.get(name) != other.get(name));
+        differ.next().cloned()
+    }
+
+    /// The options of `table` as given, with defaults where nothing was.
+    #[must_use]
+    pub fn with_defaults(&self, table: &'static [OptionSpec]) -> Self {
+        let mut whole = Self::default();
+        for spec in table {
+            if let Some(value) = self.get(spec.name).or(spec.default) {
+                whole.set(spec.name, value);
+            }
+        }
+        whole
+    }
+
     /// Checks that every option is in one of `tables` and of its kind; `whose` is for the message.
     ///
     /// # Errors

@@ -3,9 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use blockcore::driver::{
-    Driver, DriverIo, DriverKind, DriverType, Limits, OpenRequest, Opened, ZeroFlags,
-};
+use blockcore::driver::{Driver, DriverIo, DriverType, OpenRequest, Opened, WriteFlags, ZeroFlags};
 use blockcore::io::buffer::Segments;
 use blockcore::io::{Io, IoFuture};
 use blockcore::options::{OptionKind, OptionSpec};
@@ -15,11 +13,9 @@ use futures_util::FutureExt;
 pub static NULL_CO: DriverType = DriverType {
     name: "null-co",
     about: "a disk that stores nothing, for measurements",
-    kind: DriverKind::Protocol,
     options: OPTIONS,
-    children: &[],
     open: |request| async move { Ok(open(&request)) }.boxed_local(),
-    create: None,
+    ..DriverType::PROTOCOL
 };
 
 const OPTIONS: &[OptionSpec] = &[
@@ -68,7 +64,6 @@ fn open(request: &OpenRequest) -> Opened {
             latency: Duration::from_nanos(options.size(OPTIONS, "latency-ns")),
             read_zeroes: options.bool(OPTIONS, "read-zeroes"),
         }),
-        limits: Limits::default(),
     }
 }
 
@@ -86,7 +81,7 @@ impl Null {
 }
 
 impl DriverIo for Null {
-    fn bytes(&self) -> u64 {
+    fn bytes(&self, _children: &[u64]) -> u64 {
         self.bytes
     }
 
@@ -97,7 +92,7 @@ impl DriverIo for Null {
         self.done(io)
     }
 
-    fn write<'a>(&'a self, io: Io<'a>, _offset: u64, _from: Segments) -> IoFuture<'a> {
+    fn write<'a>(&'a self, io: Io<'a>, _: u64, _: Segments, _: WriteFlags) -> IoFuture<'a> {
         self.done(io)
     }
 
@@ -109,7 +104,7 @@ impl DriverIo for Null {
         self.done(io)
     }
 
-    fn flush<'a>(&'a self, io: Io<'a>) -> IoFuture<'a> {
+    fn flush_to_disk<'a>(&'a self, io: Io<'a>) -> IoFuture<'a> {
         self.done(io)
     }
 }

@@ -1,29 +1,35 @@
 //! Driver `raw`: its child's bytes as they are, or a range of them.
 
+use std::sync::Arc;
+
 use blockcore::driver::{
-    ChildSpec, Driver, DriverIo, DriverKind, DriverType, Limits, Mapping, OpenRequest, Opened,
-    Role, ZeroFlags,
+    Driver, DriverIo, DriverType, Limits, Mapping, OpenRequest, Opened, Place, Preallocation,
+    ReopenRequest, Reopened, Role, Status, StatusFlags, TruncateFlags, WriteFlags, ZeroFlags,
 };
 use blockcore::io::buffer::Segments;
 use blockcore::io::{Io, IoFuture};
-use blockcore::options::{OptionKind, OptionSpec};
+use blockcore::options::{OptionKind, OptionSpec, Options};
 use blockcore::{Error, IoError};
 use futures_util::FutureExt;
-use std::sync::Arc;
+use futures_util::future::LocalBoxFuture;
 
 /// Driver `raw`, as registered.
 pub static RAW: DriverType = DriverType {
     name: "raw",
     about: "the bytes of a file or device as they are",
-    kind: DriverKind::Format,
     options: OPTIONS,
-    children: &[ChildSpec {
-        name: "file",
-        role: Role::Storage,
-    }],
+    // All of the child is passed through; a part of it only lies there.
+    role: Some(|options, _| match is_whole(options) {
+        true => Role::FILTERED.union(Role::PRIMARY),
+        false => Role::DATA.union(Role::PRIMARY),
+    }),
     open: |request| async move { open(&request) }.boxed_local(),
-    create: None,
+    ..DriverType::FORMAT
 };
+
+fn is_whole(options: &Options) -> bool {
+    options.get("offset").is_none_or(|offset| offset == "0") && options.get("size").is_none()
+}
 
 const OPTIONS: &[OptionSpec] = &[
     OptionSpec {
@@ -45,61 +51,84 @@ const OPTIONS: &[OptionSpec] = &[
 ];
 
 struct Raw {
-    child: Arc<dyn DriverIo>,
     offset: u64,
     /// `None`: to the child's end, wherever that is.
     bytes: Option<u64>,
 }
 
 fn open(request: &OpenRequest) -> Result<Opened, Error> {
-    let child = &request.children[0];
-    let offset = request.options.size(OPTIONS, "offset");
-    let bytes = request
-        .options
+    let child = request.children[0].as_ref().expect("not optional");
+    let io = part(
+        &request.options,
+        &request.node_name,
+        &child.name,
+        child.bytes(),
+    )?;
+    Ok(Opened {
+        driver: Box::new(RawDriver),
+        io: Arc::new(io),
+    })
+}
+
+/// The part of a child of `whole` bytes that the options name.
+fn part(options: &Options, node: &str, child: &str, whole: u64) -> Result<Raw, Error> {
+    let offset = options.size(OPTIONS, "offset");
+    let bytes = options
         .get("size")
-        .map(|_| request.options.size(OPTIONS, "size"));
-    let whole = child.io.bytes();
+        .filter(|text| !text.is_empty())
+        .map(|_| options.size(OPTIONS, "size"));
     let room = whole.checked_sub(offset).ok_or_else(|| {
         Error::invalid(format!(
-            "option 'offset' of node '{}' is {offset}, past the end of '{}' ({whole} bytes)",
-            request.node_name, child.name
+            "option 'offset' of node '{node}' is {offset}, past the end of '{child}' ({whole} bytes)"
         ))
     })?;
     if let Some(bytes) = bytes.filter(|bytes| *bytes > room) {
         return Err(Error::invalid(format!(
-            "option 'size' of node '{}' is {bytes}, but '{}' has only {room} bytes after the offset",
-            request.node_name, child.name
+            "option 'size' of node '{node}' is {bytes}, but '{child}' has only {room} bytes after the \
+             offset"
         )));
     }
-    let limits = Limits {
-        // The child widens what is not aligned for it.
-        request_alignment: 1,
-        memory_alignment: 1,
-        zero_alignment: 1,
-        discard_alignment: 1,
-        max_zero_bytes: 0,
-        max_discard_bytes: 0,
-        ..child.limits
-    };
-    Ok(Opened {
-        driver: Box::new(Unit),
-        io: Arc::new(Raw {
-            child: Arc::clone(&child.io),
-            offset,
-            bytes,
-        }),
-        limits,
-    })
+    Ok(Raw { offset, bytes })
 }
 
-/// Nothing to close.
-struct Unit;
+/// The global-state half: there is nothing but what the options say.
+struct RawDriver;
 
-impl Driver for Unit {}
+impl Driver for RawDriver {
+    fn limits(&self, children: &[Option<Limits>]) -> Limits {
+        // The child widens what is not aligned for it.
+        children[0].map_or_else(Limits::default, Limits::above)
+    }
+
+    fn reopen_prepare(
+        &mut self,
+        request: ReopenRequest,
+    ) -> LocalBoxFuture<'_, Result<Reopened, Error>> {
+        async move {
+            if request.options.first_difference(&request.before).is_none() {
+                return Ok(Reopened::default());
+            }
+            let child = request.children[0].as_ref().expect("not optional");
+            let node = &request.node_name;
+            let io = part(&request.options, node, &child.name, child.bytes())?;
+            Ok(Reopened {
+                io: Some(Arc::new(io)),
+            })
+        }
+        .boxed_local()
+    }
+}
+
+impl Raw {
+    /// Where an offset of the disk lies in the child.
+    fn place(&self, offset: u64) -> Result<u64, IoError> {
+        self.offset.checked_add(offset).ok_or(IoError::OutOfRange)
+    }
+}
 
 impl DriverIo for Raw {
-    fn bytes(&self) -> u64 {
-        let room = self.child.bytes().saturating_sub(self.offset);
+    fn bytes(&self, children: &[u64]) -> u64 {
+        let room = children[0].saturating_sub(self.offset);
         self.bytes.map_or(room, |bytes| bytes.min(room))
     }
 
@@ -117,12 +146,30 @@ impl DriverIo for Raw {
         }
     }
 
-    fn read<'a>(&'a self, io: Io<'a>, offset: u64, into: Segments) -> IoFuture<'a> {
-        io.child(0).read(self.offset + offset, into).boxed_local()
+    fn write_flags(&self) -> WriteFlags {
+        WriteFlags::STABLE | WriteFlags::UNCHANGED
     }
 
-    fn write<'a>(&'a self, io: Io<'a>, offset: u64, from: Segments) -> IoFuture<'a> {
-        io.child(0).write(self.offset + offset, from).boxed_local()
+    fn read<'a>(&'a self, io: Io<'a>, offset: u64, into: Segments) -> IoFuture<'a> {
+        async move { io.child(0).read(self.place(offset)?, into).await }.boxed_local()
+    }
+
+    fn write<'a>(
+        &'a self,
+        io: Io<'a>,
+        offset: u64,
+        from: Segments,
+        flags: WriteFlags,
+    ) -> IoFuture<'a> {
+        async move { io.child(0).write(self.place(offset)?, from, flags).await }.boxed_local()
+    }
+
+    fn write_compressed<'a>(&'a self, io: Io<'a>, offset: u64, from: Segments) -> IoFuture<'a> {
+        async move {
+            let place = self.place(offset)?;
+            io.child(0).write_compressed(place, from).await
+        }
+        .boxed_local()
     }
 
     fn write_zeroes<'a>(
@@ -132,26 +179,53 @@ impl DriverIo for Raw {
         bytes: u64,
         flags: ZeroFlags,
     ) -> IoFuture<'a> {
-        let child = io.child(0);
         async move {
+            let place = self.place(offset)?;
             // The child has the fall-back: nothing is left for this node's own.
-            let flags = if io.modes().unmap {
-                flags
-            } else {
-                flags - ZeroFlags::MAY_UNMAP
-            };
-            child.write_zeroes(self.offset + offset, bytes, flags).await
+            io.child(0).write_zeroes(place, bytes, flags).await
         }
         .boxed_local()
     }
 
     fn discard<'a>(&'a self, io: Io<'a>, offset: u64, bytes: u64) -> IoFuture<'a> {
-        let child = io.child(0);
+        async move { io.child(0).discard(self.place(offset)?, bytes).await }.boxed_local()
+    }
+
+    fn block_status<'a>(
+        &'a self,
+        _io: Io<'a>,
+        _exact: bool,
+        offset: u64,
+        bytes: u64,
+    ) -> IoFuture<'a, Status> {
         async move {
-            match self.offset.checked_add(offset) {
-                Some(offset) => child.discard(offset, bytes).await,
-                None => Err(IoError::OutOfRange),
+            Ok(Status {
+                flags: StatusFlags::RAW | StatusFlags::PLACE,
+                bytes,
+                place: Place {
+                    child: Some(0),
+                    offset: self.place(offset)?,
+                },
+            })
+        }
+        .boxed_local()
+    }
+
+    fn truncate<'a>(
+        &'a self,
+        io: Io<'a>,
+        bytes: u64,
+        exact: bool,
+        preallocation: Preallocation,
+        flags: TruncateFlags,
+    ) -> IoFuture<'a> {
+        async move {
+            if self.bytes.is_some() {
+                // The options say how long it is.
+                return Err(IoError::Unsupported);
             }
+            let end = self.place(bytes)?;
+            io.child(0).truncate(end, exact, preallocation, flags).await
         }
         .boxed_local()
     }

@@ -28,14 +28,12 @@ fn a_device_has_its_own_size_and_limits() {
                     );
                     let disk = Disk::open(engine, &options).expect("it opens");
                     assert_eq!(disk.bytes(), 8 * MIB);
-                    let plan = disk.plan();
-                    let limits = plan.limits();
+                    let limits = disk.root.limits();
                     assert_eq!(limits.logical_block_bytes, block);
                     assert!(limits.physical_block_bytes >= block);
                     assert!(limits.discard_granularity_bytes >= block);
                     let alignment = if direct == "on" { block } else { 1 };
                     assert_eq!(limits.request_alignment, alignment, "direct {direct}");
-                    drop(plan);
                     disk.close();
                 }
             }

@@ -1,13 +1,15 @@
 //! Past the page cache, where the host demands an alignment that the guest does not keep.
 
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::mpsc::Sender;
+use std::time::Duration;
 
 use blockcore::ErrorKind;
 use blockcore::driver::{WriteFlags, ZeroFlags};
 use blockcore::engine::{EngineChoice, make};
+use blockcore::graph::RootId;
 use blockcore::io::buffer::Segments;
-use blockcore::io::{IoContext, Plan, Root};
+use blockcore::io::{ContextHandle, IoContext, Root};
 use harness::host::{LoopDevice, Mount, skip};
 use harness::random::Random;
 
@@ -33,7 +35,7 @@ fn requests_of_any_alignment_keep_their_data_on_a_host_with_coarse_blocks() {
             let path = mount.sparse(&format!("{engine:?}{unit}"), 2 * MIB);
             let options = file_options(&path, ",cache.direct=on,discard=unmap");
             let disk = Disk::open(engine, &options).expect("it opens");
-            assert_eq!(disk.root.plan().limits().request_alignment, 4096);
+            assert_eq!(disk.root.limits().request_alignment, 4096);
             let mut model = vec![0; 2 * MIB as usize];
             verify(&disk, &mut model, unit, &mut random);
             disk.close();
@@ -110,14 +112,14 @@ fn writes_from_two_workers_to_one_block_of_the_host_lose_nothing() {
     for engine in engines() {
         let path = mount.sparse(&format!("{engine:?}"), BLOCKS * 4096);
         let disk = Disk::open(engine, &file_options(&path, ",cache.direct=on")).expect("it opens");
-        let plan = disk.plan();
         std::thread::scope(|scope| {
+            let (ready, started) = std::sync::mpsc::channel();
             for worker in 0..2 {
-                let plan = &plan;
-                scope.spawn(move || write_sectors(engine, plan, worker, ROUNDS));
+                let (id, ready) = (disk.id, ready.clone());
+                scope.spawn(move || write_sectors(engine, &ready, id, worker, ROUNDS));
             }
+            disk.attach(started.iter().take(2).collect());
         });
-        drop(plan);
         let data = disk.read(0, BLOCKS as usize * 4096).expect("a read");
         for (sector, data) in data.chunks(SECTOR).enumerate() {
             let last = content(sector as u64, ROUNDS - 1);
@@ -135,10 +137,25 @@ fn content(sector: u64, round: u8) -> u8 {
 }
 
 /// Writes every second sector, again and again, all at once, and reads each back.
-fn write_sectors(engine: EngineChoice, plan: &Arc<Plan>, worker: u64, rounds: u8) {
+fn write_sectors(
+    engine: EngineChoice,
+    ready: &Sender<ContextHandle>,
+    id: RootId,
+    worker: u64,
+    rounds: u8,
+) {
     let context = IoContext::new(make(engine).expect("it worked before"));
-    let root = Root::new(Rc::clone(&context), Arc::clone(plan));
-    let sectors = plan.bytes() / SECTOR as u64;
+    ready.send(context.handle().clone()).expect("it waits");
+    let inner = Rc::clone(&context);
+    let root = context.block_on(async move {
+        loop {
+            if let Some(root) = inner.root(id) {
+                break root;
+            }
+            inner.delay(Duration::from_micros(100)).await;
+        }
+    });
+    let sectors = root.bytes() / SECTOR as u64;
     let tasks: Vec<_> = (worker..sectors)
         .step_by(2)
         .map(|sector| one_sector(Rc::clone(&root), sector, rounds))
@@ -156,7 +173,9 @@ fn write_sectors(engine: EngineChoice, plan: &Arc<Plan>, worker: u64, rounds: u8
             }
         });
     }
+    drop(root);
     context.block_on(ended).expect("every task ended");
+    context.abandon();
 }
 
 async fn one_sector(root: Rc<Root>, sector: u64, rounds: u8) {
@@ -164,7 +183,7 @@ async fn one_sector(root: Rc<Root>, sector: u64, rounds: u8) {
     for round in 0..rounds {
         let value = content(sector, round);
         if round % 4 == 1 {
-            let all = root.write_zeroes(offset, 512, ZeroFlags::empty(), WriteFlags::empty());
+            let all = root.write_zeroes(offset, 512, ZeroFlags::empty());
             all.await.expect("zeroes");
         }
         let from = Segments::allocate(SECTOR, 1);

@@ -17,13 +17,12 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::sync::Arc;
 
 use blockcore::driver::{WriteFlags, ZeroFlags};
 use blockcore::engine::{EngineChoice, make};
-use blockcore::graph::{Control, Graph};
+use blockcore::graph::{Control, Graph, RootId, RootSpec};
 use blockcore::io::buffer::Segments;
-use blockcore::io::{IoContext, Plan, Root};
+use blockcore::io::{ContextHandle, IoContext, Root};
 use blockcore::options::Options;
 use blockcore::{Error, IoError};
 use harness::daemon::{Place, eventually};
@@ -47,6 +46,7 @@ fn engines() -> Vec<EngineChoice> {
 struct Disk {
     control: Control,
     root: Rc<Root>,
+    id: RootId,
     /// The file at the bottom, if there is one.
     file: Option<PathBuf>,
 }
@@ -62,20 +62,39 @@ impl Disk {
         let control = Control::new(Graph::new(formats::drivers()), Rc::clone(&context));
         let options = Options::parse(&format!("{options},node-name=disk"), Some("driver"))?;
         let inner = control.clone();
-        let prepared = context.block_on(async move { inner.open(options, None).await })?;
-        let inserted = control.change(|graph| graph.insert(prepared));
-        inserted.map_err(|(error, _)| error)?;
-        let plan = control.read(|graph| graph.plan("disk", SECTOR as u32))?;
+        let id = context.block_on(async move {
+            let read_only = matches!(options.get("read-only"), Some("on"));
+            inner.add(options).await?;
+            let spec = match read_only {
+                true => RootSpec::reader("a test"),
+                false => RootSpec::writer("a test"),
+            };
+            let added = inner
+                .add_root("disk", spec.in_units_of(SECTOR as u32))
+                .await;
+            if added.is_err() {
+                inner.remove("disk").await?;
+            }
+            added
+        })?;
         Ok(Self {
-            root: Root::new(context, plan),
+            root: control.root_here(id)?,
+            id,
             control,
             file,
         })
     }
 
-    /// What other workers need to use the same node.
-    fn plan(&self) -> Arc<Plan> {
-        Arc::clone(self.root.plan())
+    /// Attaches the disk's root to other workers, which must be running.
+    fn attach(&self, workers: Vec<ContextHandle>) {
+        let (control, id) = (self.control.clone(), self.id);
+        let attached = self.control.context().block_on(async move {
+            for worker in &workers {
+                control.attach(id, worker).await?;
+            }
+            Ok::<_, Error>(())
+        });
+        attached.expect("the workers are there");
     }
 
     fn on_root<T, W>(&self, work: impl FnOnce(Rc<Root>) -> W) -> T
@@ -107,16 +126,11 @@ impl Disk {
     }
 
     fn zero(&self, offset: u64, bytes: u64, flags: ZeroFlags) -> Result<(), IoError> {
-        self.on_root(move |root| async move {
-            root.write_zeroes(offset, bytes, flags, WriteFlags::empty())
-                .await
-        })
+        self.on_root(move |root| async move { root.write_zeroes(offset, bytes, flags).await })
     }
 
     fn discard(&self, offset: u64, bytes: u64) -> Result<(), IoError> {
-        self.on_root(
-            move |root| async move { root.discard(offset, bytes, WriteFlags::empty()).await },
-        )
+        self.on_root(move |root| async move { root.discard(offset, bytes).await })
     }
 
     fn flush(&self) -> Result<(), IoError> {
@@ -124,7 +138,7 @@ impl Disk {
     }
 
     fn bytes(&self) -> u64 {
-        self.root.plan().bytes()
+        self.root.bytes()
     }
 
     /// Closes the node, of whose file nobody else has a lock, and waits until its own are gone. A process
@@ -139,15 +153,17 @@ impl Disk {
 
     /// Closes the node.
     fn release(self) {
-        let Self { control, root, .. } = self;
+        let Self {
+            control, root, id, ..
+        } = self;
         drop(root);
-        let prepared = control.change(|graph| graph.remove("disk"));
-        let prepared = prepared.expect("nobody uses the node any more");
         let context = Rc::clone(control.context());
-        let inner = Rc::clone(&context);
-        context
-            .block_on(async move { prepared.abort(&inner).await })
-            .expect("it can be closed");
+        context.block_on(async move {
+            control.remove_root(id).await.expect("it is there");
+            // A flush that failed before has been told of.
+            let _ = control.remove("disk").await;
+        });
+        context.abandon();
     }
 }
 

@@ -19,6 +19,8 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use backend::export::{Export, WorkerHandle};
+use backend::worker::DeviceId;
 use blockcore::engine::sim::{Random, Simulation, Worker};
 use blockcore::graph::Control;
 use blockcore::{Error, ErrorKind};
@@ -222,12 +224,10 @@ impl Test {
     ) -> Result<(), String> {
         for _ in 0..10_000 {
             let (inner, options) = (control.clone(), self.case.options(self.read_only.get()));
-            let opening = async move { inner.open(options, None).await };
+            let opening = async move { inner.add(options).await };
             let opened = simulation.run(office, LIMIT, opening);
             match opened.map_err(|stuck| stuck.to_string())? {
-                Ok(prepared) => {
-                    let inserted = control.change(|graph| graph.insert(prepared));
-                    inserted.map_err(|(error, _)| error.report())?;
+                Ok(_) => {
                     // Readers need not wait for what a writer left behind.
                     let landed = || simulation.in_flight() == 0;
                     let run = simulation.run_until(LIMIT, landed);
@@ -245,6 +245,30 @@ impl Test {
             return Ok(());
         }
         Err(format!("cannot open: {}", error.report()))
+    }
+
+    /// Offers the disk, as often as it takes: locks are host calls, which may fail.
+    fn export(
+        &self,
+        simulation: &Simulation,
+        office: &Worker,
+        control: &Control,
+        workers: Vec<WorkerHandle>,
+        first: usize,
+    ) -> Result<Rc<Export>, String> {
+        let config = self.case.export(self.read_only.get());
+        for _ in 0..10_000 {
+            let (control, config, workers) = (control.clone(), config.clone(), workers.clone());
+            let offering = async move {
+                Export::new(config, DeviceId(7), &control, workers, first, None).await
+            };
+            let offered = simulation.run(office, LIMIT, offering);
+            match offered.map_err(|stuck| stuck.to_string())? {
+                Ok(export) => return Ok(export),
+                Err(error) => self.check_open_error(&error)?,
+            }
+        }
+        Err("the disk cannot be offered".into())
     }
 
     /// The disk's part of the file.

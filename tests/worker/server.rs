@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use backend::export::WorkerMailbox;
+use backend::export::WorkerHandle;
 use backend::worker::Worker;
 use blockcore::engine::Engine;
 use blockcore::engine::sim::{Random, Simulation, Turn};
@@ -30,7 +30,7 @@ enum Step {
 
 /// A worker as its control knows it.
 pub(crate) struct Handle {
-    pub(crate) mailbox: WorkerMailbox,
+    pub(crate) handle: WorkerHandle,
     pub(crate) context: Rc<IoContext>,
     /// It was told to exit, and has.
     pub(crate) done: Rc<Cell<bool>>,
@@ -55,7 +55,10 @@ pub(crate) fn start(simulation: &Simulation, fast_path: bool) -> Handle {
     };
     simulation.add(Some(engine), Box::new(server));
     Handle {
-        mailbox,
+        handle: WorkerHandle {
+            commands: mailbox,
+            context: context.handle().clone(),
+        },
         context,
         done,
     }

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use blockcore::IoError;
 use blockcore::driver::{WriteFlags, ZeroFlags};
 use blockcore::io::buffer::Segments;
-use blockcore::io::{IoContext, Root};
+use blockcore::io::{IoContext, Request, Root};
 
 use crate::virtio::blk::{self, Geometry, Range};
 
@@ -57,7 +57,7 @@ pub(super) struct Served {
 impl Served {
     pub(super) fn geometry(&self) -> Geometry {
         Geometry {
-            bytes: self.root.plan().bytes(),
+            bytes: self.root.bytes(),
             block_bytes: self.disk.block_bytes,
             read_only: self.disk.read_only,
         }
@@ -65,10 +65,10 @@ impl Served {
 
     /// Comes between the end of a change and its completion. The mode that holds now counts, not the
     /// one in which the change began: a guest that has left writeback sends no flush for it.
-    pub(super) async fn settle(&self) -> Result<(), IoError> {
+    pub(super) async fn settle(&self, request: &Request) -> Result<(), IoError> {
         match self.writeback.get() {
             true => Ok(()),
-            false => self.root.flush().await,
+            false => request.flush().await,
         }
     }
 }
@@ -86,16 +86,15 @@ pub(super) enum Task {
 }
 
 impl Task {
-    pub(super) async fn run(self, served: &Served) -> Result<(), IoError> {
-        let root = &served.root;
+    pub(super) async fn run(self, served: &Served, request: &Request) -> Result<(), IoError> {
         let flags = WriteFlags::empty();
         match self {
-            Self::Read(offset, into) => return root.read(offset, into).await,
-            Self::Flush => return root.flush().await,
-            Self::Write(offset, from) => root.write(offset, from, flags).await?,
+            Self::Read(offset, into) => return request.read(offset, into).await,
+            Self::Flush => return request.flush().await,
+            Self::Write(offset, from) => request.write(offset, from, flags).await?,
             Self::Discard(ranges) => {
                 for range in ranges {
-                    root.discard(range.offset, range.bytes, flags).await?;
+                    request.discard(range.offset, range.bytes).await?;
                 }
             }
             Self::WriteZeroes(ranges) => {
@@ -104,12 +103,13 @@ impl Task {
                         true => ZeroFlags::MAY_UNMAP,
                         false => ZeroFlags::empty(),
                     };
-                    root.write_zeroes(range.offset, range.bytes, zero, flags)
+                    request
+                        .write_zeroes(range.offset, range.bytes, zero)
                         .await?;
                 }
             }
         }
-        served.settle().await
+        served.settle(request).await
     }
 }
 
@@ -118,11 +118,14 @@ pub(super) fn spawn(
     finished: &Finished,
     token: u64,
     served: Rc<Served>,
+    request: Request,
     task: Task,
 ) {
     let finished = Rc::clone(finished);
     context.spawn(async move {
-        let result = task.run(&served).await;
+        let result = task.run(&served, &request).await;
+        // Nothing of it touches the disk any more: a drained section need not wait for the guest.
+        drop(request);
         finished.borrow_mut().push((token, result));
     });
 }

@@ -21,8 +21,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use blockcore::engine::{Errno, Event, OpResult, WatchId};
+use blockcore::graph::RootId;
+use blockcore::io::IoContext;
 use blockcore::io::buffer::Segments;
-use blockcore::io::{IoContext, Plan, Root};
 use blockcore::mailbox::Mailbox;
 use futures_channel::oneshot;
 
@@ -96,8 +97,8 @@ pub struct StartQueue {
     pub call: Option<Arc<OwnedFd>>,
     /// Written to when the ring is broken.
     pub error: Option<Arc<OwnedFd>>,
-    /// The disk.
-    pub plan: Arc<Plan>,
+    /// The disk: attached to this worker already.
+    pub root: RootId,
     /// What its requests are checked against and answered with.
     pub disk: Disk,
     /// Whether writes may complete before they are stable.
@@ -323,8 +324,11 @@ impl Worker {
             }
         };
         let device = start.key.device;
+        let Some(root) = self.context.root(start.root) else {
+            let _ = reply.send(Err("its disk is gone".into()));
+            return;
+        };
         let served = self.disks.entry(device).or_insert_with(|| {
-            let root = Root::new(Rc::clone(&self.context), Arc::clone(&start.plan));
             if !self.fast_path {
                 root.disable_fast_path();
             }
@@ -347,6 +351,7 @@ impl Worker {
             pending: std::iter::repeat_with(|| None).take(size).collect(),
             in_flight: 0,
             armed: false,
+            held: false,
             broken: false,
             stopping: None,
             quiet_until: Duration::ZERO,
@@ -384,11 +389,12 @@ impl Worker {
         let Some(queue) = &mut self.queues[slot] else {
             return false;
         };
+        queue.look_for_hold();
         if queue.armed || !queue.may_pop() {
             return false;
         }
         let mut popped = false;
-        let batch = match (self.crowded, queue.served.root.plan().is_direct()) {
+        let batch = match (self.crowded, queue.served.root.is_direct()) {
             (true, _) => CROWDED_BATCH,
             (false, true) => DIRECT_BATCH,
             (false, false) => BATCH,
@@ -424,7 +430,7 @@ impl Worker {
         let (slot, head) = split(token);
         let queue = self.queues[slot].as_mut();
         let queue = queue.expect("a queue stays while requests of it are in flight");
-        let pending = queue.pending[usize::from(head)].as_ref();
+        let pending = queue.pending[usize::from(head)].as_mut();
         let pending = pending.expect("in flight until completed");
         let bytes = segments.bytes();
         let done = match result {
@@ -434,24 +440,29 @@ impl Worker {
                     return queue.complete(head, Ok(()));
                 }
                 // The guest left writeback while this was under way.
+                let entered = pending.entered.take().expect("kept until it is over");
+                entered.wrote();
                 let served = Rc::clone(&queue.served);
-                return spawn(&self.context, &self.finished, token, served, Task::Flush);
+                let (context, finished) = (&self.context, &self.finished);
+                return spawn(context, finished, token, served, entered, Task::Flush);
             }
             Ok(done) => done,
             Err(Errno::INTR | Errno::AGAIN) => 0,
             Err(error) => return queue.complete(head, Err(error.into())),
         };
         // Cut short: the slow way sees the rest through, from an offset that suits every layer.
-        let unit = u64::from(queue.served.root.plan().limits().logical_block_bytes);
+        let unit = u64::from(queue.served.root.limits().logical_block_bytes);
         let done = blockcore::io::align::down(done, unit.max(4096));
         let served = Rc::clone(&queue.served);
         let rest = segments.slice(done, bytes - done);
+        let entered = pending.entered.take().expect("kept until it is over");
         let task = match pending.request {
             Request::Read { offset, .. } => Task::Read(offset + done, rest),
             Request::Write { offset, .. } => Task::Write(offset + done, rest),
             _ => unreachable!("only transfers take the path without tasks"),
         };
-        spawn(&self.context, &self.finished, token, served, task);
+        let (context, finished) = (&self.context, &self.finished);
+        spawn(context, finished, token, served, entered, task);
     }
 
     fn collect_finished(&mut self) -> bool {

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use blockcore::IoError;
 use blockcore::engine::{Engine, WatchId};
-use blockcore::io::IoContext;
 use blockcore::io::buffer::{Byte, Segments};
+use blockcore::io::{self, IoContext, RequestKind};
 use futures_channel::oneshot;
 
 use super::QueueKey;
@@ -27,6 +27,8 @@ pub(super) struct Pending {
     pub(super) status: Byte,
     /// Bytes written to the guest if it succeeds.
     pub(super) written: u32,
+    /// What has entered at the disk's root; `None` where a task has it, or the disk is not asked.
+    pub(super) entered: Option<io::Request>,
 }
 
 pub(super) struct Queue {
@@ -40,6 +42,8 @@ pub(super) struct Queue {
     pub(super) in_flight: usize,
     /// The guest will kick for the next request: there is no need to look.
     pub(super) armed: bool,
+    /// The disk's root was held at the last look: its guest may have kicked since.
+    pub(super) held: bool,
     pub(super) broken: bool,
     pub(super) stopping: Option<Stopping>,
     /// Until when failures are only counted, and how many were: a guest can make them at will.
@@ -58,7 +62,15 @@ pub(super) struct Stopping {
 
 impl Queue {
     pub(super) fn may_pop(&self) -> bool {
-        !self.broken && self.stopping.is_none()
+        !self.broken && self.stopping.is_none() && !self.served.root.is_held()
+    }
+
+    /// Looks whether a drained section holds the disk's root, and looks at the ring again after it did.
+    pub(super) fn look_for_hold(&mut self) {
+        let held = self.served.root.is_held();
+        if std::mem::replace(&mut self.held, held) && !held {
+            self.armed = false;
+        }
     }
 
     /// Says, once, which requests a stop has been waiting for.
@@ -116,27 +128,37 @@ impl Queue {
             request,
             status,
             written: 1,
+            entered: None,
         });
         let served = Rc::clone(&self.served);
         let token = token(slot, head);
+        let (kind, offset, bytes) = match request {
+            Request::GetId => {
+                let bytes = chain.writable.copy_from(&served.disk.id);
+                self.set_written(head, bytes as u32 + 1);
+                self.complete(head, Ok(()));
+                return Ok(());
+            }
+            Request::Read { offset, bytes } => (RequestKind::Read, offset, bytes),
+            Request::Write { offset, bytes } => (RequestKind::Write, offset, bytes),
+            Request::Flush => (RequestKind::Flush, 0, 0),
+            Request::Discard { .. } => (RequestKind::Discard, 0, 0),
+            Request::WriteZeroes { .. } => (RequestKind::WriteZeroes, 0, 0),
+        };
+        let entered = served.root.try_enter(kind, offset, bytes);
+        let entered = entered.expect("nothing is popped while the root is held");
         let task = match request {
             Request::Read { offset, bytes } => {
                 let written = u32::try_from(bytes + 1).unwrap_or(u32::MAX);
                 self.set_written(head, written);
-                match served
-                    .root
-                    .start_read(offset, std::mem::take(&mut chain.writable), token)
-                {
-                    Ok(()) => return Ok(()),
+                match entered.start_read(offset, std::mem::take(&mut chain.writable), token) {
+                    Ok(()) => return self.keep(head, entered),
                     Err(into) => Task::Read(offset, into),
                 }
             }
             Request::Write { offset, .. } if served.writeback.get() => {
-                match served
-                    .root
-                    .start_write(offset, std::mem::take(&mut chain.readable), token)
-                {
-                    Ok(()) => return Ok(()),
+                match entered.start_write(offset, std::mem::take(&mut chain.readable), token) {
+                    Ok(()) => return self.keep(head, entered),
                     Err(from) => Task::Write(offset, from),
                 }
             }
@@ -144,12 +166,7 @@ impl Queue {
                 Task::Write(offset, std::mem::take(&mut chain.readable))
             }
             Request::Flush => Task::Flush,
-            Request::GetId => {
-                let bytes = chain.writable.copy_from(&served.disk.id);
-                self.set_written(head, bytes as u32 + 1);
-                self.complete(head, Ok(()));
-                return Ok(());
-            }
+            Request::GetId => unreachable!("answered above"),
             Request::Discard { .. } | Request::WriteZeroes { .. } => {
                 let discard = matches!(request, Request::Discard { .. });
                 match self.ranges(&chain.readable, discard) {
@@ -162,7 +179,15 @@ impl Queue {
                 }
             }
         };
-        spawn(context, finished, token, served, task);
+        spawn(context, finished, token, served, entered, task);
+        Ok(())
+    }
+
+    /// Keeps what an operation was started from until it is over.
+    fn keep(&mut self, head: u16, entered: io::Request) -> Result<(), RingError> {
+        if let Some(pending) = &mut self.pending[usize::from(head)] {
+            pending.entered = Some(entered);
+        }
         Ok(())
     }
 
@@ -215,7 +240,9 @@ impl Queue {
 
     pub(super) fn finish(&mut self, head: u16, status: Status) {
         let pending = self.pending[usize::from(head)].take();
-        let pending = pending.expect("completed exactly once");
+        let mut pending = pending.expect("completed exactly once");
+        // Ends, and counts as a change, before the guest can know of it.
+        drop(pending.entered.take());
         self.in_flight -= 1;
         count(match pending.request {
             Request::Read { .. } | Request::GetId => &self.stats.reads,

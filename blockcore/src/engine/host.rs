@@ -71,8 +71,31 @@ pub(super) fn call(call: HostCall) -> Result<HostReply, Errno> {
         HostCall::DataExtent(file, offset) => {
             data_extent(fd(&file)?, offset).map(HostReply::Extent)
         }
+        HostCall::CopyRange {
+            from,
+            mut offset,
+            to,
+            mut to_offset,
+            bytes,
+        } => {
+            let bytes = usize::try_from(bytes)
+                .unwrap_or(usize::MAX)
+                .min(MAX_COPY_BYTES);
+            let (from, to) = (fd(&from)?, fd(&to)?);
+            let copied = rustix::fs::copy_file_range(
+                from,
+                Some(&mut offset),
+                to,
+                Some(&mut to_offset),
+                bytes,
+            );
+            copied.map(|bytes| HostReply::Copied(bytes as u64))
+        }
     }
 }
+
+/// Longest copy in one call, which cannot be interrupted.
+const MAX_COPY_BYTES: usize = 1 << 30;
 
 fn drop_lock(_: libc::flock) -> HostReply {
     HostReply::Done

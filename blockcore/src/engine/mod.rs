@@ -422,6 +422,20 @@ pub enum HostCall {
     /// The next range that has data at or after an offset (`SEEK_DATA`, `SEEK_HOLE`). Answered by
     /// [`HostReply::Extent`].
     DataExtent(Arc<OpenFile>, u64),
+    /// Copy a range from one file to another, or within one (`copy_file_range`): the file system may
+    /// share blocks. May copy less, but something. Answered by [`HostReply::Copied`].
+    CopyRange {
+        /// From which file.
+        from: Arc<OpenFile>,
+        /// Where in it, in bytes.
+        offset: u64,
+        /// To which file.
+        to: Arc<OpenFile>,
+        /// Where in it, in bytes.
+        to_offset: u64,
+        /// How much.
+        bytes: u64,
+    },
 }
 
 /// The answer to a [`HostCall`].
@@ -435,6 +449,8 @@ pub enum HostReply {
     Metadata(Box<Metadata>),
     /// Where data begins and ends; `None` if only holes follow.
     Extent(Option<(u64, u64)>),
+    /// How many bytes were copied; zero at the end of the source.
+    Copied(u64),
 }
 
 /// What kind of thing a path names.

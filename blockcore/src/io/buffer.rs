@@ -279,6 +279,30 @@ impl Segments {
         }
     }
 
+    /// Whether every byte is zero, each looked at once.
+    pub fn is_zero(&self) -> bool {
+        let mut block = [0; 4096];
+        for segment in &self.list {
+            let mut done = 0;
+            while done < segment.bytes {
+                let bytes = (segment.bytes - done).min(block.len());
+                // SAFETY: as in `copy_to`: a part of the segment, and no more than the block has.
+                unsafe {
+                    segment
+                        .base
+                        .as_ptr()
+                        .add(done)
+                        .copy_to_nonoverlapping(block.as_mut_ptr(), bytes);
+                }
+                if block[..bytes].iter().any(|byte| *byte != 0) {
+                    return false;
+                }
+                done += bytes;
+            }
+        }
+        true
+    }
+
     /// The bytes, copied to a vector of our own.
     pub fn to_vec(&self) -> Vec<u8> {
         let mut bytes = vec![0; self.bytes as usize];

@@ -3,13 +3,17 @@
 //! The control thread and jobs have one too, so that their I/O takes part in whatever queues' I/O
 //! takes part in.
 //!
+//! Other threads reach a worker's roots by its [`ContextHandle`]: what they post runs at the worker's
+//! next turn, in order. Posts come before events and tasks of the same turn.
+//!
 //! Threads: its worker. Waits only in [`IoContext::sleep`], which is the worker's one wait point.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::future::{Future, poll_fn};
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::task::{Poll, Waker};
 use std::time::Duration;
 
@@ -17,7 +21,10 @@ use event_listener::Event as Changed;
 
 use crate::engine::{Engine, Errno, Event, HostCall, HostReply, Op, OpFuture, OpResult};
 use crate::executor::Executor;
+use crate::graph::RootId;
+use crate::io::Root;
 use crate::io::buffer::Segments;
+use crate::mailbox::Mailbox;
 
 /// How much memory the bounce buffers of one worker may have. A guest decides how many requests it has
 /// under way and how its memory is aligned; those beyond this wait.
@@ -31,19 +38,88 @@ pub struct IoContext {
     next_timer: Cell<u64>,
     bounce_bytes: Cell<u64>,
     bounce_freed: Changed,
+    /// This context, for posts.
+    this: Weak<Self>,
+    handle: ContextHandle,
+    roots: RefCell<BTreeMap<RootId, Rc<Root>>>,
+    /// The engine's clock at the beginning of this turn.
+    turn_time: Cell<Duration>,
+}
+
+/// Something to do on a worker.
+type Post = Box<dyn FnOnce(&Rc<IoContext>) + Send>;
+
+/// The way to a worker's context from any thread. Nobody waits for it here.
+#[derive(Clone)]
+pub struct ContextHandle {
+    posts: Arc<Mailbox<Post>>,
+    ended: Arc<AtomicBool>,
+}
+
+impl ContextHandle {
+    /// Has `work` done on the worker at its next turn. Where the worker is gone, it is dropped.
+    pub fn post(&self, work: impl FnOnce(&Rc<IoContext>) + Send + 'static) {
+        self.posts.post(Box::new(work));
+        // Posting is ordered before this look, as the end is before the context's last look.
+        if self.ended.load(Ordering::SeqCst) {
+            self.posts.take(&mut Vec::new());
+        }
+    }
+
+    /// Whether both lead to the same context.
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.posts, &other.posts)
+    }
+
+    fn end(&self) {
+        self.ended.store(true, Ordering::SeqCst);
+        // Orders the end before the last look; pairs with the fence in posting.
+        fence(Ordering::SeqCst);
+        self.posts.take(&mut Vec::new());
+    }
 }
 
 impl IoContext {
     /// A context on `engine`, without tasks.
     pub fn new(engine: Rc<dyn Engine>) -> Rc<Self> {
-        Rc::new(Self {
+        Rc::new_cyclic(|this| Self {
             executor: Executor::new(Arc::clone(engine.sleeper())),
-            engine,
             timers: RefCell::default(),
             next_timer: Cell::new(0),
             bounce_bytes: Cell::new(0),
             bounce_freed: Changed::new(),
+            this: Weak::clone(this),
+            handle: ContextHandle {
+                posts: Mailbox::new(Arc::clone(engine.sleeper())),
+                ended: Arc::default(),
+            },
+            roots: RefCell::default(),
+            turn_time: Cell::new(engine.now()),
+            engine,
         })
+    }
+
+    /// The way to this context from other threads.
+    pub fn handle(&self) -> &ContextHandle {
+        &self.handle
+    }
+
+    /// The root called `id`, if it is attached here.
+    pub fn root(&self, id: RootId) -> Option<Rc<Root>> {
+        self.roots.borrow().get(&id).cloned()
+    }
+
+    pub(crate) fn add_root(&self, root: Rc<Root>) {
+        self.roots.borrow_mut().insert(root.id(), root);
+    }
+
+    pub(crate) fn remove_root(&self, id: RootId) -> Option<Rc<Root>> {
+        self.roots.borrow_mut().remove(&id)
+    }
+
+    /// The engine's clock as it was when this turn began.
+    pub fn turn_time(&self) -> Duration {
+        self.turn_time.get()
     }
 
     /// The engine below.
@@ -113,9 +189,25 @@ impl IoContext {
     /// One turn: hands queued operations to the host, takes completions (those for the caller go to
     /// `events`), fires timers and runs the tasks that were woken. Returns whether a task ran.
     pub fn turn(&self, events: &mut Vec<Event>) -> bool {
+        let posted = self.take_posts();
         self.engine.poll(events);
+        self.turn_time.set(self.engine.now());
         self.fire_timers();
-        self.executor.run()
+        self.executor.run() || posted
+    }
+
+    /// Does what other threads have posted; returns whether there was anything.
+    fn take_posts(&self) -> bool {
+        let mut posts = Vec::new();
+        self.handle.posts.take(&mut posts);
+        if posts.is_empty() {
+            return false;
+        }
+        let this = self.this.upgrade().expect("its worker has it");
+        for post in posts {
+            post(&this);
+        }
+        true
     }
 
     /// Sleeps until something happens or `limit` is over. `idle` is the caller's last look at what
@@ -128,7 +220,7 @@ impl IoContext {
     ) {
         let sleeper = self.engine.sleeper();
         sleeper.falling_asleep();
-        if !self.executor.is_idle() || !idle() {
+        if !self.executor.is_idle() || !self.handle.posts.is_empty() || !idle() {
             sleeper.awake();
             return;
         }
@@ -147,15 +239,18 @@ impl IoContext {
         self.timers.borrow().keys().next().map(|(end, _)| *end)
     }
 
-    /// Drops the tasks whose wake-up nobody will see any more, when the worker is gone.
+    /// Drops the tasks whose wake-up nobody will see any more, and the roots, when the worker is gone.
     pub fn abandon(&self) {
+        self.handle.end();
         drop(self.timers.take());
         self.executor.abandon();
+        // Roots have the context.
+        drop(self.roots.take());
     }
 
-    /// Whether a task waits to run.
+    /// Whether a task or a post waits to run.
     pub fn has_runnable(&self) -> bool {
-        !self.executor.is_idle()
+        !self.executor.is_idle() || !self.handle.posts.is_empty()
     }
 
     fn fire_timers(&self) {
@@ -163,7 +258,7 @@ impl IoContext {
         if timers.is_empty() {
             return;
         }
-        let now = self.engine.now();
+        let now = self.turn_time.get();
         while let Some(first) = timers.first_entry() {
             if first.key().0 > now {
                 break;
@@ -189,6 +284,13 @@ impl IoContext {
             Poll::Ready(output) => output,
             Poll::Pending => unreachable!("the task has finished"),
         }
+    }
+}
+
+impl Drop for IoContext {
+    fn drop(&mut self) {
+        // Who waits for an answer is told that there will be none.
+        self.handle.end();
     }
 }
 

@@ -4,16 +4,24 @@
 //! a shared lock on byte 100 + its bit; for each that is not shared with others, one on byte 200 + its
 //! bit. Then both are tested the other way round. The locks are OFD locks on the very description
 //! that does the I/O, so they last until the last of it has landed, even if the process dies first.
+//!
+//! Locks follow the permissions that the users of the node have together. They are taken while a change
+//! of the graph is prepared, beside those that are held; what is not needed any more is given up
+//! afterwards, in the background.
 
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
 use blockcore::engine::{Errno, HostCall, OpenFile};
 use blockcore::graph::permission::Permissions;
 use blockcore::io::IoContext;
+use blockcore::turns::{Turn, Turns};
 use blockcore::{Error, ErrorKind};
 
 /// Byte of the first permission that is used.
@@ -28,7 +36,144 @@ const OWN_PATIENCE: Duration = Duration::from_secs(1);
 /// How often to look again.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
-/// Takes the locks for `needs` and `shares`; on failure `file` must be closed, which drops them.
+/// What the users of a node need and share together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Users {
+    needs: Permissions,
+    shares: Permissions,
+}
+
+impl Users {
+    const NOBODY: Self = Self {
+        needs: Permissions::empty(),
+        shares: Permissions::all(),
+    };
+
+    /// Both at once.
+    fn and(self, other: Self) -> Self {
+        Self {
+            needs: self.needs | other.needs,
+            shares: self.shares & other.shares,
+        }
+    }
+}
+
+/// The locks of one open file description.
+pub(super) struct Locks {
+    context: Rc<IoContext>,
+    file: Arc<OpenFile>,
+    /// Where the host has no such locks, go on without.
+    optional: bool,
+    committed: Cell<Users>,
+    prepared: Cell<Option<Users>>,
+    taken: RefCell<BTreeSet<u64>>,
+    /// Taking and giving up are one at a time.
+    turns: Turns,
+}
+
+impl Locks {
+    /// No locks yet.
+    pub(super) fn new(context: Rc<IoContext>, file: Arc<OpenFile>, optional: bool) -> Rc<Self> {
+        Rc::new(Self {
+            context,
+            file,
+            optional,
+            committed: Cell::new(Users::NOBODY),
+            prepared: Cell::new(None),
+            taken: RefCell::default(),
+            turns: Turns::default(),
+        })
+    }
+
+    /// Takes what these users need beside what is held.
+    ///
+    /// # Errors
+    ///
+    /// As [`take`]; nothing more is held than before.
+    pub(super) async fn prepare(
+        self: &Rc<Self>,
+        needs: Permissions,
+        shares: Permissions,
+    ) -> Result<(), Error> {
+        let turn = self.turns.next().await;
+        let users = Users { needs, shares };
+        self.prepared.set(Some(users));
+        let both = self.committed.get().and(users);
+        if both == self.committed.get() {
+            // Nothing to ask for: what is held is enough, and need not be tested again.
+            return Ok(());
+        }
+        // Noted before they are had: what a failure leaves behind is given up, too.
+        self.taken
+            .borrow_mut()
+            .extend(mine(both.needs, both.shares));
+        match take(&self.context, &self.file, both.needs, both.shares).await {
+            Err(error) if self.optional && error.kind() == ErrorKind::Unsupported => {
+                tracing::warn!(
+                    error = %error.report(),
+                    "other processes are not kept out of the image"
+                );
+                Ok(())
+            }
+            Err(error) => {
+                self.prepared.set(None);
+                self.trim(turn).await;
+                Err(error)
+            }
+            Ok(()) => Ok(()),
+        }
+    }
+
+    /// What was prepared holds.
+    pub(super) fn commit(self: &Rc<Self>) {
+        if let Some(users) = self.prepared.take() {
+            self.committed.set(users);
+            self.trim_later();
+        }
+    }
+
+    /// What was prepared does not.
+    pub(super) fn abort(self: &Rc<Self>) {
+        if self.prepared.take().is_some() {
+            self.trim_later();
+        }
+    }
+
+    fn trim_later(self: &Rc<Self>) {
+        let (this, turn) = (Rc::clone(self), self.turns.next());
+        self.context
+            .spawn(async move { this.trim(turn.await).await });
+    }
+
+    /// Waits until what was to be given up is.
+    pub(super) async fn settle(&self) {
+        self.turns.next().await;
+    }
+
+    /// Gives up what nobody needs, as it is when its turn has come.
+    async fn trim(&self, _turn: Turn) {
+        let mut users = self.committed.get();
+        if let Some(prepared) = self.prepared.get() {
+            users = users.and(prepared);
+        }
+        let keep: BTreeSet<_> = mine(users.needs, users.shares).collect();
+        let excess: Vec<_> = self.taken.borrow().difference(&keep).copied().collect();
+        for byte in excess {
+            let call = HostCall::Unlock(Arc::clone(&self.file), byte);
+            match self.context.host(call).await {
+                Ok(_) => {
+                    self.taken.borrow_mut().remove(&byte);
+                }
+                Err(error) => {
+                    let path = self.file.path().display();
+                    tracing::warn!(%path, %error, "cannot give up a lock of an image");
+                }
+            }
+        }
+    }
+}
+
+/// Takes the locks for `needs` and `shares`; on failure some may be held.
 ///
 /// A process that was killed keeps its locks until the last of its I/O has landed. So a lock that no
 /// living process holds is waited for.
@@ -37,7 +182,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(10);
 ///
 /// [`ErrorKind::Busy`] that names the permission and, where the host tells, the process;
 /// [`ErrorKind::Unsupported`] where the file system has no such locks.
-pub(super) async fn take(
+async fn take(
     context: &IoContext,
     file: &Arc<OpenFile>,
     needs: Permissions,

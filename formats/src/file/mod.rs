@@ -18,43 +18,41 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use blockcore::driver::{
-    Driver, DriverIo, DriverKind, DriverType, Limits, Mapping, OpenModes, OpenRequest, Opened,
-    ZeroFlags,
+    Driver, DriverIo, DriverType, Limits, Mapping, OpenModes, OpenRequest, Opened, Reopened,
+    WriteFlags, ZeroFlags,
 };
 use blockcore::engine::{
     Allocate, Errno, FileType, HostCall, HostReply, Metadata, Op, OpenFile, OpenOptions,
 };
 use blockcore::graph::permission::Permissions;
 use blockcore::io::buffer::Segments;
-use blockcore::io::{Io, IoContext, IoFuture, align};
+use blockcore::io::{Io, IoContext, IoFuture, Root, align};
 use blockcore::options::{OptionKind, OptionSpec};
 use blockcore::{Error, ErrorKind, IoError};
 use futures_util::FutureExt;
 use futures_util::future::LocalBoxFuture;
 
 pub use self::create::CREATE_OPTIONS;
+use self::lock::Locks;
 use self::sync::SyncGroup;
 
 /// Driver `file`, as registered.
 pub static FILE: DriverType = DriverType {
     name: "file",
     about: "a regular file of the host",
-    kind: DriverKind::Protocol,
     options: OPTIONS,
-    children: &[],
     open: |request| open(request, Kind::File).boxed_local(),
     create: Some(|context, options| create::create(context, options).boxed_local()),
+    ..DriverType::PROTOCOL
 };
 
 /// Driver `host_device`, as registered.
 pub static HOST_DEVICE: DriverType = DriverType {
     name: "host_device",
     about: "a block device of the host",
-    kind: DriverKind::Protocol,
     options: OPTIONS,
-    children: &[],
     open: |request| open(request, Kind::Device).boxed_local(),
-    create: None,
+    ..DriverType::PROTOCOL
 };
 
 const OPTIONS: &[OptionSpec] = &[
@@ -102,7 +100,13 @@ struct FileIo {
 }
 
 /// The global-state half.
-struct FileDriver;
+struct FileDriver {
+    path: String,
+    limits: Limits,
+    force_share: bool,
+    /// `None` where an operator wants none.
+    locks: Option<Rc<Locks>>,
+}
 
 async fn open(request: OpenRequest, kind: Kind) -> Result<Opened, Error> {
     let path = request.options.text(OPTIONS, "filename").to_owned();
@@ -112,22 +116,11 @@ async fn open(request: OpenRequest, kind: Kind) -> Result<Opened, Error> {
         Some(file) => file,
         None => open_file(&context, &path, modes).await?,
     };
-    check_type(&path, kind, &metadata(&context, &file).await?)?;
-    let locking = request.options.text(OPTIONS, "locking");
-    if locking != "off" {
-        let (needs, shares) = permissions(modes);
-        match lock::take(&context, &file, needs, shares).await {
-            Err(error) if locking == "auto" && error.kind() == ErrorKind::Unsupported => {
-                tracing::warn!(
-                    error = %error.report(),
-                    "other processes are not kept out of the image"
-                );
-            }
-            result => result?,
-        }
-    }
-    // Now that nobody else changes it: whoever held the lock before may have.
     let metadata = metadata(&context, &file).await?;
+    check_type(&path, kind, &metadata)?;
+    let locking = request.options.text(OPTIONS, "locking");
+    let locks = (locking != "off")
+        .then(|| Locks::new(Rc::clone(&context), Arc::clone(&file), locking == "auto"));
     if metadata.read_only && !modes.read_only {
         return Err(Error::new(
             ErrorKind::PermissionDenied,
@@ -157,9 +150,13 @@ async fn open(request: OpenRequest, kind: Kind) -> Result<Opened, Error> {
         files: [file],
     };
     Ok(Opened {
-        driver: Box::new(FileDriver),
+        driver: Box::new(FileDriver {
+            path,
+            limits,
+            force_share: modes.force_share,
+            locks,
+        }),
         io: Arc::new(io),
-        limits,
     })
 }
 
@@ -224,17 +221,6 @@ fn check_type(path: &str, kind: Kind, metadata: &Metadata) -> Result<(), Error> 
     Err(Error::invalid(format!("'{path}' is a {wrong}")))
 }
 
-/// What other processes are kept from: nobody else writes or resizes, and while we write nobody
-/// expects the image to hold still.
-fn permissions(modes: OpenModes) -> (Permissions, Permissions) {
-    let writes = Permissions::WRITE | Permissions::RESIZE;
-    let needs = match modes.read_only {
-        true => Permissions::CONSISTENT_READ,
-        false => Permissions::CONSISTENT_READ | writes,
-    };
-    (needs, Permissions::all() - writes)
-}
-
 fn limits(metadata: &Metadata) -> Limits {
     let discard = metadata.discard_granularity_bytes;
     // The page cache hides a device's blocks from reads and writes only.
@@ -256,13 +242,59 @@ fn limits(metadata: &Metadata) -> Limits {
             _ => 512,
         },
         optimal_io_bytes: metadata.optimal_io_bytes,
+        ..Limits::default()
     }
 }
 
 impl Driver for FileDriver {
-    fn close(&mut self, _context: Rc<IoContext>) -> LocalBoxFuture<'_, Result<(), Error>> {
-        // The description closes, and its locks go, with the last engine that has it attached.
-        async { Ok(()) }.boxed_local()
+    fn close(&mut self, _root: Rc<Root>) -> LocalBoxFuture<'_, Result<(), Error>> {
+        async move {
+            // The description closes, and its locks go, with the last engine that has it attached.
+            if let Some(locks) = &self.locks {
+                locks.settle().await;
+            }
+            Ok(())
+        }
+        .boxed_local()
+    }
+
+    fn limits(&self, _children: &[Option<Limits>]) -> Limits {
+        self.limits
+    }
+
+    fn exact_name(&self) -> Option<String> {
+        Some(self.path.clone())
+    }
+
+    fn prepare_permissions(
+        &mut self,
+        _context: Rc<IoContext>,
+        needs: Permissions,
+        shares: Permissions,
+    ) -> LocalBoxFuture<'_, Result<Reopened, Error>> {
+        async move {
+            if let Some(locks) = &self.locks {
+                let shares = match self.force_share {
+                    true => Permissions::all(),
+                    false => shares,
+                };
+                locks.prepare(needs, shares).await?;
+            }
+            Ok(Reopened::default())
+        }
+        .boxed_local()
+    }
+
+    fn commit_permissions(&mut self) {
+        if let Some(locks) = &self.locks {
+            locks.commit();
+        }
+    }
+
+    fn abort_permissions(&mut self) {
+        if let Some(locks) = &self.locks {
+            locks.abort();
+        }
     }
 }
 
@@ -402,8 +434,18 @@ impl Patience {
 }
 
 impl DriverIo for FileIo {
-    fn bytes(&self) -> u64 {
+    fn bytes(&self, _children: &[u64]) -> u64 {
         self.bytes.load(Ordering::Acquire)
+    }
+
+    fn refresh_bytes<'a>(&'a self, io: Io<'a>) -> IoFuture<'a> {
+        async move {
+            let metadata = metadata(io.context(), self.file()).await;
+            let metadata = metadata.map_err(|_| IoError::Failed)?;
+            self.bytes.store(metadata.bytes, Ordering::Release);
+            Ok(())
+        }
+        .boxed_local()
     }
 
     fn files(&self) -> &[Arc<OpenFile>] {
@@ -452,7 +494,13 @@ impl DriverIo for FileIo {
         .boxed_local()
     }
 
-    fn write<'a>(&'a self, io: Io<'a>, offset: u64, from: Segments) -> IoFuture<'a> {
+    fn write<'a>(
+        &'a self,
+        io: Io<'a>,
+        offset: u64,
+        from: Segments,
+        _flags: WriteFlags,
+    ) -> IoFuture<'a> {
         async move {
             let bytes = from.bytes();
             let (mut done, mut patience) = (0, Patience::default());
@@ -511,7 +559,7 @@ impl DriverIo for FileIo {
         .boxed_local()
     }
 
-    fn flush<'a>(&'a self, io: Io<'a>) -> IoFuture<'a> {
+    fn flush_to_disk<'a>(&'a self, io: Io<'a>) -> IoFuture<'a> {
         self.syncs.join(self.sync(io)).boxed_local()
     }
 }

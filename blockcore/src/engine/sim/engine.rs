@@ -585,6 +585,7 @@ impl State {
             | HostCall::Reserve(file, _, _)
             | HostCall::SetNocow(file)
             | HostCall::SetExtentSizeHint(file, _)
+            | HostCall::CopyRange { to: file, .. }
             | HostCall::DataExtent(file, _) => self.host.description(file).ok(),
         };
         if let Some(description) = description {

@@ -16,6 +16,9 @@ use crate::engine::{
     Allocate, Errno, FileKind, FileType, HostCall, HostReply, Metadata, OpenFile, OpenOptions,
 };
 
+/// Most that one copy by the host moves.
+const MAX_COPY_BYTES: u64 = 1 << 20;
+
 /// Unsynced changes per file beyond which the older half is written back, as a kernel does in time.
 const LOG_LIMIT: usize = 4096;
 /// The device number of every simulated file.
@@ -429,6 +432,30 @@ impl Host {
                 let description = self.description(file)?;
                 let cache = &self.file(description).cache;
                 Ok(HostReply::Extent(cache.data_extent(*offset)))
+            }
+            HostCall::CopyRange {
+                from,
+                offset,
+                to,
+                to_offset,
+                bytes,
+            } => {
+                let (from, to) = (self.description(from)?, self.writable(to)?);
+                let left = self.length(from).0.saturating_sub(*offset).min(*bytes);
+                let most = left.min(MAX_COPY_BYTES);
+                if most == 0 {
+                    return Ok(HostReply::Copied(0));
+                }
+                let copied = random.between(1, most.div_ceil(512)) * 512;
+                let mut data = vec![0; copied.min(most) as usize];
+                self.file(from).cache.read(*offset, &mut data);
+                let copied = data.len() as u64;
+                let change = Change::Write {
+                    offset: *to_offset,
+                    data,
+                };
+                self.change(to, operation, change);
+                Ok(HostReply::Copied(copied))
             }
         }
     }

@@ -1,0 +1,85 @@
+//! Planted faults: mistakes that a test can make this crate make, to see that the simulation finds
+//! them.
+//!
+//! One build holds them all behind the feature `planted-faults`, which nothing but the tests enables;
+//! which one is active is chosen at run time. Without the feature [`is_planted`] is `false` for the
+//! compiler too, and nothing of this is left.
+
+/// A mistake.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Fault {
+    /// Requests do not wait for a serialising one that overlaps.
+    SerialisingWait = 1,
+    /// The status cache survives zeroing and discarding.
+    StatusCache,
+    /// A drained section begins without waiting for requests in flight.
+    DrainWait,
+    /// A parent is granted what another does not share.
+    PermissionCheck,
+    /// The rest of a widened write's units is not read before.
+    EdgeRead,
+    /// A flush does not reach the host.
+    Flush,
+    /// Changes are not marked in dirty bitmaps.
+    DirtyMark,
+    /// Changes are marked in dirty bitmaps when they begin, and not when they end.
+    DirtyMarkEarly,
+    /// A reopen that is given up leaves what it had prepared.
+    ReopenAbort,
+    /// What was resolved before a wait is used after it.
+    SecondResolve,
+    /// A plan is changed with requests in flight.
+    PlanWithoutDrain,
+    /// The first flush of a life finds nothing to do.
+    FlushElidedAfterRestart,
+}
+
+impl Fault {
+    /// Every one, with its name.
+    pub const ALL: [(&'static str, Self); 12] = [
+        ("serialising-wait", Self::SerialisingWait),
+        ("status-cache", Self::StatusCache),
+        ("drain-wait", Self::DrainWait),
+        ("permission-check", Self::PermissionCheck),
+        ("edge-read", Self::EdgeRead),
+        ("flush", Self::Flush),
+        ("dirty-mark", Self::DirtyMark),
+        ("dirty-mark-early", Self::DirtyMarkEarly),
+        ("reopen-abort", Self::ReopenAbort),
+        ("second-resolve", Self::SecondResolve),
+        ("plan-without-drain", Self::PlanWithoutDrain),
+        ("flush-elided-after-restart", Self::FlushElidedAfterRestart),
+    ];
+}
+
+#[cfg(feature = "planted-faults")]
+mod planted {
+    use std::cell::Cell;
+
+    thread_local! {
+        // A simulation is one thread; tests beside it are others.
+        static ACTIVE: Cell<u8> = const { Cell::new(0) };
+    }
+
+    /// Makes `fault`, or none, on this thread from now on.
+    pub fn plant(fault: Option<super::Fault>) {
+        ACTIVE.set(fault.map_or(0, |fault| fault as u8));
+    }
+
+    /// Whether `fault` is to be made.
+    pub fn is_planted(fault: super::Fault) -> bool {
+        ACTIVE.get() == fault as u8
+    }
+}
+
+#[cfg(feature = "planted-faults")]
+pub use planted::{is_planted, plant};
+
+/// Whether `fault` is to be made.
+#[cfg(not(feature = "planted-faults"))]
+#[inline(always)]
+pub const fn is_planted(fault: Fault) -> bool {
+    let _ = fault;
+    false
+}

@@ -1,0 +1,284 @@
+//! Reopening nodes: another state of their options, modes and children, as one change.
+//!
+//! What an entry leaves out returns to its default; what may not change has to stay as it is. The
+//! driver and the node's name never change. The rules are those of QEMU's `blockdev-reopen`.
+
+use std::collections::BTreeSet;
+use std::rc::Rc;
+
+use super::node::DriverCell;
+use super::open::{Inherited, NODE_OPTIONS, modes_of};
+use super::{Change, Control, NodeId};
+use crate::Error;
+use crate::drain::Scope;
+use crate::driver::{ReopenRequest, Role};
+use crate::io::RequestKind;
+use crate::options::Options;
+
+/// A node whose driver has prepared to be reopened.
+pub(super) struct Reopening {
+    pub(super) id: NodeId,
+    pub(super) driver: DriverCell,
+    pub(super) options: Options,
+}
+
+impl Control {
+    /// Reopens nodes, in a change of its own: all of them, or none.
+    ///
+    /// # Errors
+    ///
+    /// As [`Change::reopen`] and [`Change::prepare`]; everything is as it was.
+    pub async fn reopen(&self, entries: Vec<Options>) -> Result<(), Error> {
+        let mut change = self.begin().await;
+        if let Err(error) = change.reopen(entries).await {
+            change.abort().await;
+            return Err(error);
+        }
+        change.prepare().await?.commit().finish().await
+    }
+}
+
+impl Change {
+    /// Reopens nodes, each named by option `node-name`. A child may be given as options (it is reopened
+    /// with them), as the name it has (it keeps its options), as another node's name (which takes its
+    /// place) or, where the driver can do without, as an empty name.
+    ///
+    /// The nodes stay drained until the change is over.
+    ///
+    /// # Errors
+    ///
+    /// What may not change, or what a driver could not do; a loop, a frozen link, a missing child. The
+    /// change is to be given up then.
+    pub async fn reopen(&mut self, entries: Vec<Options>) -> Result<(), Error> {
+        let mut queue = Vec::new();
+        for entry in entries {
+            let Some(name) = entry.get("node-name").filter(|name| !name.is_empty()) else {
+                return Err(Error::invalid(
+                    "an entry to reopen needs the node's name: option 'node-name'",
+                ));
+            };
+            let node = self.find(name)?;
+            self.enqueue(node, entry, Inherited::NOTHING, &mut queue)?;
+        }
+        let nodes: BTreeSet<_> = queue.iter().map(|entry| entry.node).collect();
+        if nodes.len() < queue.len() {
+            return Err(Error::invalid("a node to reopen is named twice"));
+        }
+        self.drain(Scope::Subtrees(nodes)).await;
+        for entry in &queue {
+            self.flush_before(entry).await?;
+            self.state_mut().shape.vertex_mut(entry.node).modes = entry.modes;
+        }
+        // Children before parents: these may look at what they are going to have.
+        for entry in queue.into_iter().rev() {
+            self.reopen_driver(entry).await?;
+        }
+        Ok(())
+    }
+
+    fn enqueue(
+        &mut self,
+        node: NodeId,
+        mut options: Options,
+        inherited: Inherited,
+        queue: &mut Vec<Entry>,
+    ) -> Result<(), Error> {
+        let vertex = self.state().shape.vertex(node).clone();
+        let name = &vertex.name;
+        if let Some(driver) = options.get("driver")
+            && driver != vertex.kind.name
+        {
+            return Err(Error::invalid(format!(
+                "cannot change the option 'driver' of node '{name}': it is '{}'",
+                vertex.kind.name
+            )));
+        }
+        options.set("driver", vertex.kind.name);
+        options.take("node-name");
+        let modes = modes_of(&options, inherited, name)?;
+        let place = queue.len();
+        queue.push(Entry {
+            node,
+            options: Options::default(),
+            before: vertex.modes,
+            modes,
+        });
+        for (index, spec) in vertex.kind.children.iter().enumerate() {
+            let reference = options.take(spec.name);
+            let inline = options.take_nested(spec.name);
+            let current = self.state().shape.child(node, index).map(|edge| edge.child);
+            match (reference, inline.is_empty()) {
+                (Some(_), false) => {
+                    return Err(Error::invalid(format!(
+                        "node '{name}' has both a reference and options for child '{}'",
+                        spec.name
+                    )));
+                }
+                (None, false) => {
+                    let Some(child) = current else {
+                        return Err(Error::invalid(format!(
+                            "node '{name}' has no child '{}' to reopen: add it first and name it",
+                            spec.name
+                        )));
+                    };
+                    let given = inline.get("node-name");
+                    let child_name = &self.state().shape.vertex(child).name;
+                    if given.is_some_and(|given| given != &**child_name) {
+                        return Err(Error::invalid(format!(
+                            "child '{}' of node '{name}' is node '{child_name}': options for another \
+                             node cannot take its place; add that node first and name it",
+                            spec.name
+                        )));
+                    }
+                    let role = vertex.kind.child_role(&options, index);
+                    self.enqueue(child, inline, Inherited::new(modes, role), queue)?;
+                }
+                (Some(given), true) => {
+                    let wanted = match given.as_str() {
+                        "" => None,
+                        given => Some(self.find(given)?),
+                    };
+                    if wanted != current {
+                        self.replace_on_reopen(node, spec, index, wanted)?;
+                    }
+                }
+                (None, true) => self.check_left_out(node, spec, current)?,
+            }
+        }
+        let whose = format!("driver '{}' of node '{name}'", vertex.kind.name);
+        options.check(&[NODE_OPTIONS, vertex.kind.options], &whose)?;
+        queue[place].options = options;
+        Ok(())
+    }
+
+    /// A child that was left out keeps its place, but a backing node has to be named: whether it stays
+    /// decides what the guest reads.
+    fn check_left_out(
+        &self,
+        node: NodeId,
+        spec: &crate::driver::ChildSpec,
+        current: Option<NodeId>,
+    ) -> Result<(), Error> {
+        let vertex = self.state().shape.vertex(node);
+        let in_header = self.control().read(|graph| {
+            let node = graph.node_by_id(node);
+            node.is_some_and(|node| node.backing_in_header().is_some())
+        });
+        if spec.role.contains(Role::COW) && (current.is_some() || in_header) {
+            return Err(Error::invalid(format!(
+                "{} is missing for '{}'",
+                spec.name, vertex.name
+            )));
+        }
+        Ok(())
+    }
+
+    fn replace_on_reopen(
+        &mut self,
+        node: NodeId,
+        spec: &crate::driver::ChildSpec,
+        index: usize,
+        wanted: Option<NodeId>,
+    ) -> Result<(), Error> {
+        let shape = &self.state().shape;
+        let name = std::sync::Arc::clone(&shape.vertex(node).name);
+        if !matches!(spec.name, "file" | "backing") {
+            return Err(Error::invalid(format!(
+                "cannot replace child '{}' of node '{name}': only 'file' and 'backing' can be",
+                spec.name
+            )));
+        }
+        let current = shape.child(node, index).map(|edge| edge.child);
+        if let Some(current) = current
+            && shape.vertex(current).implicit
+        {
+            return Err(Error::busy(format!(
+                "cannot replace child '{}' of node '{name}': a job has put a filter there",
+                spec.name
+            )));
+        }
+        self.set_child(node, spec.name, wanted)
+    }
+
+    /// A node that will not be written to any more keeps nothing back.
+    async fn flush_before(&mut self, entry: &Entry) -> Result<(), Error> {
+        if entry.before.read_only || entry.before.inactive {
+            return Ok(());
+        }
+        let root = self.temporary_root(entry.node, super::permission::Permissions::all());
+        let request = root.enter(RequestKind::Flush, 0, 0).await;
+        let name = &self.state().shape.vertex(entry.node).name;
+        let still_good = request.flush().await;
+        match still_good {
+            // That is what reopening is for.
+            Ok(()) | Err(crate::IoError::FlushLost) => Ok(()),
+            Err(error) => Err(Error::new(
+                crate::ErrorKind::Io,
+                format!("cannot flush node '{name}' before it is reopened: {error}"),
+            )),
+        }
+    }
+
+    async fn reopen_driver(&mut self, entry: Entry) -> Result<(), Error> {
+        let (id, kind) = (entry.node, self.state().shape.vertex(entry.node).kind);
+        let (driver, before) = self.control().read(|graph| {
+            let node = graph.node_by_id(id);
+            let node = node.or_else(|| self.state().nodes.get(&id));
+            let node = node.expect("every vertex of a shape has a node");
+            (node.driver.clone(), node.options.clone())
+        });
+        let name = self.state().shape.vertex(id).name.to_string();
+        let fixed = kind.options.iter().filter(|spec| !spec.reopen);
+        for spec in fixed {
+            let given = entry.options.get(spec.name);
+            let had = before.get(spec.name).or(spec.default);
+            // An option that cannot be set back to its default may be left out.
+            if given.is_some_and(|given| Some(given) != had) {
+                return Err(Error::invalid(format!(
+                    "cannot change the option '{}' of node '{name}'",
+                    spec.name
+                )));
+            }
+        }
+        let mut options = entry.options;
+        for spec in kind.options.iter().filter(|spec| !spec.reopen) {
+            if let Some(had) = before.get(spec.name) {
+                options.set(spec.name, had);
+            }
+        }
+        // As far as the shape says now: who writes to the node once the change is done.
+        let writes = super::permission::Permissions::WRITE
+            | super::permission::Permissions::WRITE_UNCHANGED
+            | super::permission::Permissions::RESIZE;
+        let will_write = self.state().shape.cumulative(id).needs.intersects(writes);
+        let request = ReopenRequest {
+            context: Rc::clone(self.control().context()),
+            node_name: name,
+            before: before.with_defaults(kind.options),
+            options: options.with_defaults(kind.options),
+            modes_before: entry.before,
+            modes: entry.modes,
+            will_write,
+            children: self.open_children_of(id),
+        };
+        let prepared = driver.take().reopen_prepare(request).await?;
+        let state = self.state_mut();
+        state.reopened.push(Reopening {
+            id,
+            driver,
+            options,
+        });
+        if let Some(io) = prepared.io {
+            state.replaced.insert(id, io);
+        }
+        Ok(())
+    }
+}
+
+/// A node on its way to be reopened.
+struct Entry {
+    node: NodeId,
+    options: Options,
+    before: crate::driver::OpenModes,
+    modes: crate::driver::OpenModes,
+}
