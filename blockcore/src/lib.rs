@@ -18,6 +18,7 @@
 //! Under `--cfg loom` only the modelled files are built: the model checker's locks and counts take the
 //! place of real ones, and nothing else can use those.
 
+pub mod dirty_bitmap;
 #[cfg(not(loom))]
 pub mod driver;
 #[cfg(not(loom))]
