@@ -27,6 +27,8 @@ pub mod error;
 #[cfg(not(loom))]
 pub mod executor;
 #[cfg(not(loom))]
+pub mod filename;
+#[cfg(not(loom))]
 pub mod graph;
 #[cfg(not(loom))]
 pub mod io;
