@@ -14,6 +14,7 @@
 //! ```
 
 pub mod permission;
+pub mod record;
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
