@@ -88,6 +88,8 @@ fn machine(seed: u64, fresh: bool) -> (Simulation, Rc<Worker>, StateFile) {
         short_permille: 200,
         interrupted_permille: 100,
         again_permille: 50,
+        // Calls of a killed daemon that land when the next has long begun.
+        slow_permille: 300,
         ..Faults::default()
     });
     let worker = simulation.worker();
@@ -159,7 +161,12 @@ fn interrupted(seed: u64, steps: usize, end: End, fresh: bool) -> (bool, Option<
         assert_eq!(*found, record(found.epoch), "{what}");
     }
 
-    // It is what this daemon serves, so it is what every later one must find.
+    // It is what this daemon serves, so it is what every later one must find, whatever the host was
+    // still to do for the one before.
+    let context = Rc::clone(worker.context());
+    run(&simulation, &worker, async move {
+        context.delay(Duration::from_millis(50)).await;
+    });
     simulation.power_cut();
     drop((file, worker));
     let worker = simulation.worker();
