@@ -3,7 +3,7 @@
 //! A driver's table of [`OptionSpec`]s is the only place where its options are written down: parsing,
 //! "unknown option" and help come from it. However they are given, options are a tree flattened to
 //! dotted keys: `file.driver`, `children.0`. On the command line they are `key=value` pairs with `,,`
-//! for a comma ([`text`]), elsewhere JSON objects ([`json`]), as QEMU has them. Pure.
+//! for a comma, elsewhere JSON objects, as QEMU has them. Pure.
 //!
 //! A value keeps the kind in which it was given. Two descriptions of one node are compared by
 //! [`Options::differences`], for which `size=1M` and `"size": 1048576` are the same.
