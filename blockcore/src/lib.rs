@@ -32,6 +32,8 @@ pub mod executor;
 #[cfg(not(loom))]
 pub mod fault;
 #[cfg(not(loom))]
+pub mod filename;
+#[cfg(not(loom))]
 pub mod graph;
 #[cfg(not(loom))]
 pub mod io;

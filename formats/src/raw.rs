@@ -105,7 +105,7 @@ impl Driver for RawDriver {
         request: ReopenRequest,
     ) -> LocalBoxFuture<'_, Result<Reopened, Error>> {
         async move {
-            if request.options.first_difference(&request.before).is_none() {
+            if request.changed().is_empty() {
                 return Ok(Reopened::default());
             }
             let child = request.children[0].as_ref().expect("not optional");

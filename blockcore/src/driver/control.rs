@@ -13,7 +13,7 @@ use futures_util::future::LocalBoxFuture;
 use super::{DriverIo, DriverKind, Limits, OpenModes, Role};
 use crate::graph::permission::{self, Permissions};
 use crate::io::{IoContext, Root};
-use crate::options::Options;
+use crate::options::{OptionSpec, Options};
 use crate::{Error, ErrorKind};
 
 /// The global-state half of a node's driver; see the module's header.
@@ -284,9 +284,11 @@ pub struct ReopenRequest {
     pub context: Rc<IoContext>,
     /// The node's name, for messages.
     pub node_name: String,
-    /// The driver's own options as they are, with defaults where nothing was given.
+    /// The driver's own options, as declared.
+    pub table: &'static [OptionSpec],
+    /// Options as they are.
     pub before: Options,
-    /// As they shall be.
+    /// As they shall be: what may be left out and was has its default.
     pub options: Options,
     /// Modes as they are.
     pub modes_before: OpenModes,
@@ -306,6 +308,13 @@ pub struct Reopened {
 }
 
 impl ReopenRequest {
+    /// The names of the driver's options that would change.
+    pub fn changed(&self) -> Vec<String> {
+        let mut changed = self.before.differences(&self.options, &[self.table]);
+        changed.retain(|name| self.table.iter().any(|spec| spec.name == name));
+        changed
+    }
+
     /// What a driver without state of its own answers: modes are the pipeline's affair, and its own
     /// options stay as they are.
     ///
@@ -313,7 +322,7 @@ impl ReopenRequest {
     ///
     /// [`ErrorKind::Unsupported`] that names an option which would change.
     pub fn generic(&self) -> Result<Reopened, Error> {
-        match self.options.first_difference(&self.before) {
+        match self.changed().first() {
             None => Ok(Reopened::default()),
             Some(name) => Err(Error::unsupported(format!(
                 "cannot change the option '{name}' of node '{}'",

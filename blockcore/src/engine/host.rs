@@ -38,6 +38,9 @@ pub(super) fn call(call: HostCall) -> Result<HostReply, Errno> {
         HostCall::LockShared(file, byte) => {
             lock(fd(&file)?, libc::F_OFD_SETLK, libc::F_RDLCK, byte).map(drop_lock)
         }
+        HostCall::LockExclusive(file, byte) => {
+            lock(fd(&file)?, libc::F_OFD_SETLK, libc::F_WRLCK, byte).map(drop_lock)
+        }
         HostCall::Unlock(file, byte) => {
             lock(fd(&file)?, libc::F_OFD_SETLK, libc::F_UNLCK, byte).map(drop_lock)
         }
@@ -63,6 +66,7 @@ pub(super) fn call(call: HostCall) -> Result<HostReply, Errno> {
             set_extent_size_hint(fd(&file)?, bytes).map(done)
         }
         HostCall::Remove(path) => rustix::fs::unlink(&path).map(done),
+        HostCall::Rename(from, to) => rustix::fs::rename(&from, &to).map(done),
         HostCall::SyncDirectory(path) => {
             let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
             let directory = rustix::fs::open(&path, flags, Mode::empty())?;

@@ -401,6 +401,9 @@ pub enum HostCall {
     /// Take a shared lock on one byte of the file, owned by its open file description. `EAGAIN` if
     /// somebody holds it exclusively.
     LockShared(Arc<OpenFile>, u64),
+    /// As [`LockShared`](Self::LockShared), but nobody else may hold any lock on the byte. The file must
+    /// be open for writing.
+    LockExclusive(Arc<OpenFile>, u64),
     /// Let go of the lock on one byte.
     Unlock(Arc<OpenFile>, u64),
     /// Would an exclusive lock on this byte be granted? `EAGAIN` if another description holds it.
@@ -417,6 +420,9 @@ pub enum HostCall {
     SetExtentSizeHint(Arc<OpenFile>, u32),
     /// Remove a file.
     Remove(PathBuf),
+    /// Give the file with the first path the second, in place of what has it, at once for everybody who
+    /// looks. Durable only after [`SyncDirectory`](Self::SyncDirectory).
+    Rename(PathBuf, PathBuf),
     /// Make a directory's entries durable.
     SyncDirectory(PathBuf),
     /// The next range that has data at or after an offset (`SEEK_DATA`, `SEEK_HOLE`). Answered by

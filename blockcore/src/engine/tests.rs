@@ -212,6 +212,40 @@ fn a_lock_on_one_description_is_seen_from_another() {
 }
 
 #[test]
+fn an_exclusive_lock_and_a_rename_do_what_the_simulation_says() {
+    let engine = make(EngineChoice::Auto).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name| directory.path().join(name);
+    std::fs::write(path("old"), "old").unwrap();
+    std::fs::write(path("new"), "new").unwrap();
+    let open = |name| {
+        let options = OpenOptions {
+            write: true,
+            ..OpenOptions::default()
+        };
+        match run(&*engine, engine.host(HostCall::Open(path(name), options))).unwrap() {
+            HostReply::File(file) => file,
+            reply => panic!("{reply:?}"),
+        }
+    };
+    let call = |call| run(&*engine, engine.host(call)).map(|_| ());
+    let (one, two) = (open("old"), open("old"));
+    let exclusive = |file: &Arc<OpenFile>| HostCall::LockExclusive(Arc::clone(file), 0);
+    let shared = |file: &Arc<OpenFile>| HostCall::LockShared(Arc::clone(file), 0);
+    assert_eq!(call(shared(&one)), Ok(()));
+    assert_eq!(call(exclusive(&two)), Err(Errno::AGAIN));
+    assert_eq!(call(exclusive(&one)), Ok(()));
+    assert_eq!(call(shared(&two)), Err(Errno::AGAIN));
+    drop(one);
+    assert_eq!(call(exclusive(&two)), Ok(()));
+
+    let rename = || HostCall::Rename(path("new"), path("old"));
+    assert_eq!(call(rename()), Ok(()));
+    assert_eq!(call(rename()), Err(Errno::NOENT));
+    assert_eq!(std::fs::read_to_string(path("old")).unwrap(), "new");
+}
+
+#[test]
 fn a_watched_pipe_whose_writer_is_gone_does_not_keep_the_worker_busy() {
     for engine in engines() {
         let (read, write) = rustix::pipe::pipe().unwrap();

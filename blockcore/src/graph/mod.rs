@@ -40,6 +40,7 @@ mod compile;
 mod node;
 mod open;
 pub mod permission;
+pub mod record;
 mod reopen;
 mod roots;
 mod shape;

@@ -16,7 +16,7 @@ use crate::driver::{
 };
 use crate::engine::OpenFile;
 use crate::node::NodeState;
-use crate::options::{OptionKind, OptionSpec, Options, parse_bool};
+use crate::options::{ChildOption, OptionKind, OptionSpec, Options, parse_bool};
 use crate::{Error, ErrorKind};
 
 /// Options that every node takes.
@@ -331,24 +331,15 @@ impl Change {
     ) -> Result<BTreeMap<usize, NodeId>, Error> {
         let mut children = BTreeMap::new();
         for (index, spec) in kind.children.iter().enumerate() {
-            let reference = options.take(spec.name);
-            let inline = options.take_nested(spec.name);
-            let child = match (reference, inline.is_empty()) {
-                (Some(node), true) if node.is_empty() && spec.optional => continue,
-                (Some(node), true) => self.find(&node)?,
-                (None, false) => {
+            let child = match options.take_child(spec.name)? {
+                Some(ChildOption::Node(node)) => self.find(&node)?,
+                Some(ChildOption::Inline(inline)) => {
                     let role = kind.child_role(options, index);
                     let inherited = Inherited::new(modes, role);
                     self.open_node(inline, inherited, file.clone()).await?
                 }
-                (Some(_), false) => {
-                    return Err(Error::invalid(format!(
-                        "node '{name}' has both a reference and options for child '{}'",
-                        spec.name
-                    )));
-                }
-                (None, true) if spec.optional => continue,
-                (None, true) => {
+                None | Some(ChildOption::Absent) if spec.optional => continue,
+                None | Some(ChildOption::Absent) => {
                     return Err(Error::invalid(format!(
                         "driver '{}' of node '{name}' needs child '{}': a node's name, or its \
                          options as {}.driver=... and so on",

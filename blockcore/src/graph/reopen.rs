@@ -13,7 +13,7 @@ use crate::Error;
 use crate::drain::Scope;
 use crate::driver::{ReopenRequest, Role};
 use crate::io::RequestKind;
-use crate::options::Options;
+use crate::options::{ChildOption, Options};
 
 /// A node whose driver has prepared to be reopened.
 pub(super) struct Reopening {
@@ -104,17 +104,10 @@ impl Change {
             modes,
         });
         for (index, spec) in vertex.kind.children.iter().enumerate() {
-            let reference = options.take(spec.name);
-            let inline = options.take_nested(spec.name);
+            let given = options.take_child(spec.name)?;
             let current = self.state().shape.child(node, index).map(|edge| edge.child);
-            match (reference, inline.is_empty()) {
-                (Some(_), false) => {
-                    return Err(Error::invalid(format!(
-                        "node '{name}' has both a reference and options for child '{}'",
-                        spec.name
-                    )));
-                }
-                (None, false) => {
+            match given {
+                Some(ChildOption::Inline(inline)) => {
                     let Some(child) = current else {
                         return Err(Error::invalid(format!(
                             "node '{name}' has no child '{}' to reopen: add it first and name it",
@@ -133,16 +126,18 @@ impl Change {
                     let role = vertex.kind.child_role(&options, index);
                     self.enqueue(child, inline, Inherited::new(modes, role), queue)?;
                 }
-                (Some(given), true) => {
-                    let wanted = match given.as_str() {
-                        "" => None,
-                        given => Some(self.find(given)?),
-                    };
-                    if wanted != current {
-                        self.replace_on_reopen(node, spec, index, wanted)?;
+                Some(ChildOption::Node(wanted)) => {
+                    let wanted = self.find(&wanted)?;
+                    if Some(wanted) != current {
+                        self.replace_on_reopen(node, spec, index, Some(wanted))?;
                     }
                 }
-                (None, true) => self.check_left_out(node, spec, current)?,
+                Some(ChildOption::Absent) => {
+                    if current.is_some() {
+                        self.replace_on_reopen(node, spec, index, None)?;
+                    }
+                }
+                None => self.check_left_out(node, spec, current)?,
             }
         }
         let whose = format!("driver '{}' of node '{name}'", vertex.kind.name);
@@ -228,23 +223,24 @@ impl Change {
             (node.driver.clone(), node.options.clone())
         });
         let name = self.state().shape.vertex(id).name.to_string();
-        let fixed = kind.options.iter().filter(|spec| !spec.reopen);
-        for spec in fixed {
-            let given = entry.options.get(spec.name);
-            let had = before.get(spec.name).or(spec.default);
-            // An option that cannot be set back to its default may be left out.
-            if given.is_some_and(|given| Some(given) != had) {
-                return Err(Error::invalid(format!(
-                    "cannot change the option '{}' of node '{name}'",
-                    spec.name
-                )));
-            }
-        }
         let mut options = entry.options;
         for spec in kind.options.iter().filter(|spec| !spec.reopen) {
-            if let Some(had) = before.get(spec.name) {
-                options.set(spec.name, had);
+            // What cannot change may be left out.
+            if let Some(had) = before.value(spec.name)
+                && options.value(spec.name).is_none()
+            {
+                options.set_value(spec.name, had.clone());
             }
+        }
+        let changed = before.differences(&options, &[kind.options]);
+        let fixed = |name: &&String| {
+            let mut specs = kind.options.iter();
+            specs.any(|spec| spec.name == **name && !spec.reopen)
+        };
+        if let Some(option) = changed.iter().find(fixed) {
+            return Err(Error::invalid(format!(
+                "cannot change the option '{option}' of node '{name}'"
+            )));
         }
         // As far as the shape says now: who writes to the node once the change is done.
         let writes = super::permission::Permissions::WRITE
@@ -254,8 +250,9 @@ impl Change {
         let request = ReopenRequest {
             context: Rc::clone(self.control().context()),
             node_name: name,
-            before: before.with_defaults(kind.options),
-            options: options.with_defaults(kind.options),
+            table: kind.options,
+            before,
+            options: options.clone(),
             modes_before: entry.before,
             modes: entry.modes,
             will_write,

@@ -84,7 +84,11 @@ enum Kind {
 /// A host call under way.
 pub(super) struct RunningCall {
     call: HostCall,
-    description: Option<u64>,
+    /// Which descriptions it holds open: the one that it names, and all of its process once that was
+    /// killed, as a thread in a system call keeps the table of open files.
+    descriptions: Vec<u64>,
+    /// Whether its process was killed.
+    orphaned: bool,
     waiter: Rc<CallWaiter>,
 }
 
@@ -574,10 +578,14 @@ impl State {
 
     fn begin_call(&mut self, call: HostCall, waiter: Rc<CallWaiter>) {
         let description = match &call {
-            HostCall::Open(..) | HostCall::Remove(_) | HostCall::SyncDirectory(_) => None,
+            HostCall::Open(..)
+            | HostCall::Remove(_)
+            | HostCall::Rename(..)
+            | HostCall::SyncDirectory(_) => None,
             HostCall::Metadata(file)
             | HostCall::Truncate(file, _)
             | HostCall::LockShared(file, _)
+            | HostCall::LockExclusive(file, _)
             | HostCall::Unlock(file, _)
             | HostCall::TestLock(file, _)
             | HostCall::DeviceDiscard(file, _, _)
@@ -594,7 +602,8 @@ impl State {
         let number = self.number();
         let running = RunningCall {
             call,
-            description,
+            descriptions: description.into_iter().collect(),
+            orphaned: false,
             waiter,
         };
         self.calls.insert(number, running);
@@ -639,7 +648,7 @@ impl State {
                 } else {
                     self.host.call(&running.call, number, &mut self.random)
                 };
-                if let Some(description) = running.description {
+                for description in running.descriptions {
                     self.host.end(description);
                 }
                 self.note(&[4, at, number, u64::from(result.is_ok())]);
@@ -732,8 +741,12 @@ impl State {
                 goes_on
             }
         });
-        for description in cancelled.iter().filter_map(|call| call.description) {
-            self.host.end(description);
+        for description in cancelled.iter().flat_map(|call| &call.descriptions) {
+            self.host.end(*description);
+        }
+        for call in self.calls.values_mut().filter(|call| !call.orphaned) {
+            call.orphaned = true;
+            call.descriptions.append(&mut self.host.begin_all());
         }
         self.host.orphan_all();
         self.note(&[u64::from_le_bytes(*b"*killed*")]);

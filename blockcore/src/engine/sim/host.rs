@@ -77,8 +77,8 @@ pub(super) struct Host {
     durable_names: BTreeMap<PathBuf, u64>,
     files: BTreeMap<u64, File>,
     descriptions: BTreeMap<u64, Description>,
-    /// Inode, byte, description.
-    locks: BTreeSet<(u64, u64, u64)>,
+    /// By inode, byte and description: whether it is exclusive.
+    locks: BTreeMap<(u64, u64, u64), bool>,
     /// How much space all regular files have together, in blocks; none for as much as they like.
     pub(super) capacity_blocks: Option<u64>,
     last_inode: u64,
@@ -163,6 +163,17 @@ impl Host {
     pub(super) fn end(&mut self, description: u64) {
         self.get_mut(description).in_flight -= 1;
         self.close_unused();
+    }
+
+    /// As [`begin`](Self::begin), for every description that a process has open; which they are.
+    pub(super) fn begin_all(&mut self) -> Vec<u64> {
+        self.close_unused();
+        let of_process = self.descriptions.iter_mut().filter(|(_, d)| !d.orphaned);
+        let held = of_process.map(|(number, description)| {
+            description.in_flight += 1;
+            *number
+        });
+        held.collect()
     }
 
     /// The processes that had descriptions open are gone; what is in flight holds them a little longer.
@@ -357,9 +368,11 @@ impl Host {
             }
             HostCall::LockShared(file, byte) => {
                 let description = self.description(file)?;
-                let inode = self.get(description).inode;
-                self.locks.insert((inode, *byte, description));
-                Ok(HostReply::Done)
+                self.lock(description, *byte, false)
+            }
+            HostCall::LockExclusive(file, byte) => {
+                let description = self.writable(file)?;
+                self.lock(description, *byte, true)
             }
             HostCall::Unlock(file, byte) => {
                 let description = self.description(file)?;
@@ -369,13 +382,10 @@ impl Host {
             }
             HostCall::TestLock(file, byte) => {
                 let own = self.description(file)?;
-                self.close_unused();
-                let inode = self.get(own).inode;
-                let holders = (inode, *byte, 0)..=(inode, *byte, u64::MAX);
-                if self.locks.range(holders).any(|(_, _, other)| *other != own) {
-                    return Err(Errno::AGAIN);
+                match self.is_locked(own, *byte, false) {
+                    true => Err(Errno::AGAIN),
+                    false => Ok(HostReply::Done),
                 }
-                Ok(HostReply::Done)
             }
             HostCall::DeviceDiscard(file, offset, bytes) => {
                 let description = self.device(file)?;
@@ -421,6 +431,12 @@ impl Host {
             }
             HostCall::Remove(path) => {
                 self.names.remove(path).ok_or(Errno::NOENT)?;
+                self.forget_unreachable();
+                Ok(HostReply::Done)
+            }
+            HostCall::Rename(from, to) => {
+                let inode = self.names.remove(from).ok_or(Errno::NOENT)?;
+                self.names.insert(to.clone(), inode);
                 self.forget_unreachable();
                 Ok(HostReply::Done)
             }
@@ -525,6 +541,23 @@ impl Host {
         Ok(OpenFile::new(FileKind::Simulated(token), path.to_owned()))
     }
 
+    fn lock(&mut self, own: u64, byte: u64, exclusive: bool) -> Result<HostReply, Errno> {
+        if self.is_locked(own, byte, !exclusive) {
+            return Err(Errno::AGAIN);
+        }
+        let inode = self.get(own).inode;
+        self.locks.insert((inode, byte, own), exclusive);
+        Ok(HostReply::Done)
+    }
+
+    /// Whether another description holds a lock on the byte, of those that exclude others if asked.
+    fn is_locked(&mut self, own: u64, byte: u64, only_exclusive: bool) -> bool {
+        self.close_unused();
+        let inode = self.get(own).inode;
+        let mut holders = self.locks.range((inode, byte, 0)..=(inode, byte, u64::MAX));
+        holders.any(|((_, _, other), exclusive)| *other != own && (*exclusive || !only_exclusive))
+    }
+
     fn metadata(&self, description: u64) -> Metadata {
         let (memory_alignment, direct_alignment) = self.alignment(description);
         let inode = self.get(description).inode;
@@ -599,7 +632,7 @@ impl Host {
         });
         let descriptions = &self.descriptions;
         self.locks
-            .retain(|(_, _, description)| descriptions.contains_key(description));
+            .retain(|(_, _, description), _| descriptions.contains_key(description));
     }
 
     fn forget_unreachable(&mut self) {

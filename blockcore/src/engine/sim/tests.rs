@@ -308,6 +308,81 @@ fn a_lock_is_seen_by_others_only_and_ends_with_its_description() {
 }
 
 #[test]
+fn an_exclusive_lock_keeps_everybody_else_out_and_waits_for_nobody() {
+    let (simulation, worker) = machine(1, 0);
+    let (one, two) = (
+        open(&simulation, &worker, false),
+        open(&simulation, &worker, false),
+    );
+    let exclusive = |file: &Arc<OpenFile>| HostCall::LockExclusive(Arc::clone(file), 100);
+    let shared = |file: &Arc<OpenFile>| HostCall::LockShared(Arc::clone(file), 100);
+    let take = |lock| call(&simulation, &worker, lock).map(|_| ());
+    assert_eq!(take(shared(&one)), Ok(()));
+    assert_eq!(take(exclusive(&two)), Err(Errno::AGAIN));
+    assert_eq!(take(exclusive(&one)), Ok(()), "a lock of our own is raised");
+    assert_eq!(take(shared(&two)), Err(Errno::AGAIN));
+    assert_eq!(take(HostCall::Unlock(Arc::clone(&one), 100)), Ok(()));
+    assert_eq!(take(exclusive(&two)), Ok(()));
+}
+
+#[test]
+fn a_renamed_file_has_its_new_name_at_once_and_after_a_power_cut_once_the_directory_was_synced() {
+    let (mut old, mut new) = (0, 0);
+    for seed in 0..40 {
+        let (simulation, worker) = machine(seed, 1000);
+        let other = "/images/other";
+        simulation.create_file(other, FileProperties::default(), 2000);
+        let rename = || HostCall::Rename(other.into(), PATH.into());
+        call(&simulation, &worker, rename()).unwrap();
+        let missing = call(&simulation, &worker, rename()).unwrap_err();
+        assert_eq!(missing, Errno::NOENT);
+        assert_eq!(simulation.contents(PATH).unwrap().len(), 2000);
+        assert!(simulation.contents(other).is_none());
+        let synced = seed % 2 == 0;
+        if synced {
+            let sync = HostCall::SyncDirectory("/images".into());
+            call(&simulation, &worker, sync).unwrap();
+        }
+        simulation.power_cut();
+        match simulation.contents(PATH).unwrap().len() {
+            2000 => new += usize::from(!synced),
+            1000 if !synced => old += 1,
+            bytes => panic!("seed {seed}: {bytes} bytes"),
+        }
+    }
+    assert!(old > 2 && new > 2, "{old} {new}");
+}
+
+#[test]
+fn a_killed_process_keeps_its_locks_until_its_last_call_has_landed() {
+    let mut landed_late = 0;
+    for seed in 0..40 {
+        let (simulation, worker) = machine(seed, 0);
+        let file = open(&simulation, &worker, false);
+        let lock = |file: &Arc<OpenFile>| HostCall::LockExclusive(Arc::clone(file), 100);
+        call(&simulation, &worker, lock(&file)).unwrap();
+        simulation.create_file("/images/other", FileProperties::default(), 0);
+        let rename = HostCall::Rename("/images/other".into(), "/images/renamed".into());
+        drop(worker.engine().host(rename));
+        simulation.kill();
+        let under_way = simulation.in_flight() > 0;
+        drop((file, worker));
+
+        let worker = simulation.worker();
+        let again = open(&simulation, &worker, false);
+        let taken = call(&simulation, &worker, lock(&again)).is_ok();
+        let under_way = under_way && simulation.in_flight() > 0;
+        assert!(!(taken && under_way), "seed {seed}");
+        landed_late += usize::from(!taken);
+        simulation
+            .run_until(LIMIT, || simulation.in_flight() == 0)
+            .unwrap();
+        call(&simulation, &worker, lock(&again)).unwrap();
+    }
+    assert!(landed_late > 2, "{landed_late}");
+}
+
+#[test]
 fn a_failed_sync_is_reported_once_to_each_description_and_what_it_covered_may_be_lost() {
     let mut lost = 0;
     for seed in 0..40 {
