@@ -34,6 +34,8 @@ pub mod mailbox;
 #[cfg(not(loom))]
 pub mod options;
 pub(crate) mod sync;
+#[cfg(not(loom))]
+pub mod throttle;
 
 #[cfg(not(loom))]
 pub use error::{Error, ErrorKind, IoError};
