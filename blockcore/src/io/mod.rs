@@ -16,6 +16,7 @@
 //! Not here: which nodes there are and who may use them (`graph`), and how long requests may be held
 //! back (`drain`).
 
+pub mod account;
 pub mod align;
 pub mod buffer;
 mod context;
