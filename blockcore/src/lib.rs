@@ -44,7 +44,11 @@ pub mod node;
 pub mod options;
 pub(crate) mod sync;
 #[cfg(not(loom))]
+pub mod throttle;
+#[cfg(not(loom))]
 pub mod turns;
+#[cfg_attr(loom, expect(dead_code, reason = "its users are not built there"))]
+pub(crate) mod window;
 
 #[cfg(not(loom))]
 pub use error::{Error, ErrorKind, IoError};

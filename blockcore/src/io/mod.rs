@@ -22,6 +22,7 @@
 //! Not here: which nodes there are and who may use them ([`crate::graph`]), and how requests are held
 //! back while that changes ([`crate::drain`]).
 
+pub mod account;
 pub mod align;
 pub mod buffer;
 mod context;
