@@ -14,7 +14,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use blockcore::driver::Limits;
-use blockcore::graph::permission::Permissions;
 use blockcore::graph::{Control, RootId, RootSpec, RootUser};
 use blockcore::io::{ContextHandle, Plan};
 use blockcore::mailbox::Mailbox;
@@ -88,25 +87,20 @@ impl Export {
         user: Option<Rc<dyn RootUser>>,
     ) -> Result<Rc<Self>, Error> {
         config.check()?;
-        let mut needs = Permissions::CONSISTENT_READ;
-        let mut shares = Permissions::all();
-        if config.writable {
-            needs |= Permissions::WRITE;
-            // A change of length is told to the guest; other writers would corrupt its disk.
-            shares -= Permissions::WRITE;
-        }
         let block_bytes = control.read(|graph| {
             let node = graph.node(&config.node)?;
             let name = graph.describe(node);
             block_bytes(&config, &name, node.bytes(), node.limits())
         })?;
+        // A change of length is told to the guest; other writers would corrupt its disk.
+        let who = format!("export '{}'", config.id);
+        let spec = match config.writable {
+            true => RootSpec::writer(who),
+            false => RootSpec::reader(who),
+        };
         let spec = RootSpec {
-            who: format!("export '{}'", config.id),
-            needs,
-            shares,
-            unit_bytes: block_bytes,
-            stays: false,
             user,
+            ..spec.in_units_of(block_bytes)
         };
         let root = control.add_root(&config.node, spec).await?;
         for worker in &workers {

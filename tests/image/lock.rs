@@ -18,9 +18,9 @@ fn the_locked_bytes_are_those_of_qemu() {
         let path = place.sparse("disk.raw", MIB);
         assert_eq!(locked_bytes(&path), BTreeSet::new());
         for (more, bytes) in [
-            ("", &[100, 101, 103, 201, 203][..]),
-            (",locking=on", &[100, 101, 103, 201, 203]),
-            (",read-only=on", &[100, 201, 203]),
+            ("", &[100, 101, 201][..]),
+            (",locking=on", &[100, 101, 201]),
+            (",read-only=on", &[100, 201]),
             (",locking=off", &[]),
         ] {
             let disk = Disk::open(engine, &file_options(&path, more)).expect("it opens");
@@ -48,7 +48,7 @@ fn one_writes_or_many_read() {
         assert_eq!(error.kind(), ErrorKind::Busy, "'{more}'");
     }
     // What was refused has left nothing behind.
-    assert_eq!(locked_bytes(&path), [100, 101, 103, 201, 203].into());
+    assert_eq!(locked_bytes(&path), [100, 101, 201].into());
     // On an operator's word, anything goes.
     open(",locking=off").expect("it is not locked").release();
     writer.close();

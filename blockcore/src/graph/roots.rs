@@ -39,23 +39,22 @@ pub trait RootUser {
 }
 
 impl RootSpec {
-    /// Somebody who reads.
+    /// Somebody who reads, and bears that others read and change the length.
     pub fn reader(who: impl Into<String>) -> Self {
         Self {
             who: who.into(),
             needs: Permissions::CONSISTENT_READ,
-            shares: Permissions::all(),
+            shares: Permissions::all() - Permissions::WRITE,
             unit_bytes: 1,
             stays: false,
             user: None,
         }
     }
 
-    /// Somebody who reads and writes, and bears that others read.
+    /// Somebody who reads and writes, and bears what a [`reader`](Self::reader) does.
     pub fn writer(who: impl Into<String>) -> Self {
         Self {
             needs: Permissions::CONSISTENT_READ | Permissions::WRITE,
-            shares: Permissions::all() - Permissions::WRITE,
             ..Self::reader(who)
         }
     }
