@@ -8,6 +8,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::io::Write;
+use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
@@ -270,6 +271,12 @@ impl Daemon {
                 format!("there is an export '{id}' already"),
             ));
         }
+        if let Some(other) = self.listens_at(&config.socket) {
+            return Err(Error::busy(format!(
+                "socket '{}' is in use: export '{other}' listens there",
+                config.socket.display()
+            )));
+        }
         self.start_workers(config.queues)?;
         let queues = usize::from(config.queues);
         let device = DeviceId(self.next_device.replace(self.next_device.get() + 1));
@@ -322,6 +329,14 @@ impl Daemon {
             });
         }
         self.stop()
+    }
+
+    /// The export that listens at a path.
+    fn listens_at(&self, path: &Path) -> Option<String> {
+        let exports = self.exports.borrow();
+        let mut exports = exports.iter();
+        let found = exports.find(|(_, entry)| entry.export.config().socket == path);
+        found.map(|(id, _)| id.clone())
     }
 
     fn config_changed(&self, id: &str) {

@@ -313,19 +313,31 @@ fn a_node_is_written_by_one_and_only_if_it_may_be() {
     let both = ["--export", &writable, "--export", &second];
     let refusal = refused(&place, &[&["--blockdev", NODE][..], &both[..]].concat());
     says(&refusal, 1, &["export 'f'", "'write'", "export 'e'"]);
-    // Nor is a node written both by its export and below a format.
+    // Nor is a node written by one export and read, below a format, by another.
     let above = ["--blockdev", "raw,node-name=r,file=d"];
+    let reader = second.replace("node-name=d", "node-name=r");
+    let reader = reader.replace(",writable=on", "");
     let all = [&["--blockdev", NODE][..], &above, &["--export", &writable]].concat();
     says(
-        &refused(&place, &all),
+        &refused(&place, &[&all[..], &["--export", &reader]].concat()),
         1,
         &["export 'e'", "'write'", "node 'r'"],
     );
     // A node that writes cannot stand on one that must not.
-    let refusal = refused(&place, &[&["--blockdev", &read_only][..], &above].concat());
-    says(&refusal, 1, &["node 'r'", "node 'd'", "read-only"]);
+    let over = writable.replace("node-name=d", "node-name=r");
+    let all = [
+        &["--blockdev", &read_only][..],
+        &above,
+        &["--export", &over],
+    ]
+    .concat();
+    says(
+        &refused(&place, &all),
+        1,
+        &["node 'r'", "node 'd'", "read-only"],
+    );
     let inline = "raw,node-name=r,file.driver=null-co,file.node-name=d,file.read-only=on";
-    let refusal = refused(&place, &["--blockdev", inline]);
+    let refusal = refused(&place, &["--blockdev", inline, "--export", &over]);
     says(&refusal, 1, &["node 'r'", "node 'd'", "read-only"]);
     let inherited = "raw,node-name=d,read-only=on,file.driver=null-co";
     let refusal = refused(&place, &["--blockdev", inherited, "--export", &writable]);
@@ -339,7 +351,15 @@ fn two_nodes_on_one_file_are_refused_unless_they_read() {
     let node =
         |name: &str, more: &str| format!("file,node-name={name},filename=PLACE/disk.raw{more}");
     let (one, two) = (node("one", ""), node("two", ""));
-    let refusal = refused(&place, &["--blockdev", &one, "--blockdev", &two]);
+    let export = |node: &str| {
+        EXPORT
+            .replace("id=e", &format!("id={node}"))
+            .replace("node-name=d", &format!("node-name={node},writable=on"))
+            .replace("vm.sock", &format!("{node}.sock"))
+    };
+    let nodes = ["--blockdev", &one, "--blockdev", &two];
+    let exports = ["--export", &export("one"), "--export", &export("two")];
+    let refusal = refused(&place, &[&nodes[..], &exports[..]].concat());
     assert_eq!(refusal.code, Some(1), "{refusal:?}");
     let last = refusal.errors.lines().last().unwrap_or_default();
     assert!(

@@ -331,7 +331,12 @@ impl Change {
     ) -> Result<BTreeMap<usize, NodeId>, Error> {
         let mut children = BTreeMap::new();
         for (index, spec) in kind.children.iter().enumerate() {
-            let child = match options.take_child(spec.name)? {
+            let given = options.take_child(spec.name).map_err(|error| {
+                Error::invalid(format!(
+                    "node '{name}' has both a reference and options, or neither: {error}"
+                ))
+            })?;
+            let child = match given {
                 Some(ChildOption::Node(node)) => self.find(&node)?,
                 Some(ChildOption::Inline(inline)) => {
                     let role = kind.child_role(options, index);

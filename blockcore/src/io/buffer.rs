@@ -82,6 +82,12 @@ impl Segments {
         joined
     }
 
+    /// Whether nothing else keeps this memory.
+    pub(crate) fn is_sole_owner(&self) -> bool {
+        let owner = self.owner.as_ref();
+        owner.is_some_and(|owner| Rc::strong_count(owner) == 1)
+    }
+
     /// Adds the `bytes` bytes at `base` to the end. Zero bytes add nothing.
     ///
     /// # Safety

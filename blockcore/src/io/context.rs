@@ -30,6 +30,14 @@ use crate::mailbox::Mailbox;
 /// under way and how its memory is aligned; those beyond this wait.
 const BOUNCE_BYTES: u64 = 64 << 20;
 
+/// Buffers of this size are kept for the next who needs one: taken from the system and given back again
+/// and again, they would leave its heap in pieces.
+const POOLED_BYTES: usize = 1 << 20;
+/// Alignment of those; enough for every host.
+const POOLED_ALIGNMENT: usize = 4096;
+/// How many are kept when nobody has one.
+const POOLED_IDLE: usize = 4;
+
 /// See the module's header.
 pub struct IoContext {
     engine: Rc<dyn Engine>,
@@ -38,6 +46,7 @@ pub struct IoContext {
     next_timer: Cell<u64>,
     bounce_bytes: Cell<u64>,
     bounce_freed: Changed,
+    bounce_pool: RefCell<Vec<Segments>>,
     /// This context, for posts.
     this: Weak<Self>,
     handle: ContextHandle,
@@ -88,6 +97,7 @@ impl IoContext {
             next_timer: Cell::new(0),
             bounce_bytes: Cell::new(0),
             bounce_freed: Changed::new(),
+            bounce_pool: RefCell::default(),
             this: Weak::clone(this),
             handle: ContextHandle {
                 posts: Mailbox::new(Arc::clone(engine.sleeper())),
@@ -180,6 +190,7 @@ impl IoContext {
                 return BounceRoom {
                     context: self,
                     bytes,
+                    pooled: None,
                 };
             }
             freed.await;
@@ -294,16 +305,39 @@ impl Drop for IoContext {
     }
 }
 
-/// Room for a bounce buffer; given back when dropped.
+/// Room for a bounce buffer; given back when dropped, with the buffer.
 pub(crate) struct BounceRoom<'a> {
     context: &'a IoContext,
     bytes: u64,
+    pooled: Option<Segments>,
+}
+
+impl BounceRoom<'_> {
+    /// A buffer of as many bytes as there is room for. It may hold anything that this process has read
+    /// or written before.
+    pub(crate) fn buffer(&mut self, alignment: usize) -> Segments {
+        let bytes = self.bytes as usize;
+        if bytes <= POOLED_BYTES / 8 || bytes > POOLED_BYTES || alignment > POOLED_ALIGNMENT {
+            return Segments::allocate(bytes, alignment);
+        }
+        let kept = self.context.bounce_pool.borrow_mut().pop();
+        let whole = kept.unwrap_or_else(|| Segments::allocate(POOLED_BYTES, POOLED_ALIGNMENT));
+        let buffer = whole.slice(0, self.bytes);
+        self.pooled = Some(whole);
+        buffer
+    }
 }
 
 impl Drop for BounceRoom<'_> {
     fn drop(&mut self) {
         let taken = &self.context.bounce_bytes;
         taken.set(taken.get() - self.bytes);
+        let mut pool = self.context.bounce_pool.borrow_mut();
+        // An operation that nobody waits for any more may still have the buffer.
+        pool.extend(self.pooled.take().filter(Segments::is_sole_owner));
+        if taken.get() == 0 {
+            pool.truncate(POOLED_IDLE);
+        }
         // One at a time: each who finds room wakes the next, and each who has some will free it.
         self.context.bounce_freed.notify(1);
     }

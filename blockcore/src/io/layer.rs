@@ -167,6 +167,15 @@ impl<'a> Io<'a> {
         Some(self.context().bounce_room(bytes).await)
     }
 
+    /// A buffer in room that was waited for, or without.
+    fn buffer(self, room: &mut Option<BounceRoom<'_>>, bytes: u64) -> Segments {
+        let alignment = (self.limits().memory_alignment as usize).max(512);
+        match room {
+            Some(room) => room.buffer(alignment),
+            None => Segments::allocate(bytes as usize, alignment),
+        }
+    }
+
     pub(super) fn bounce(self, bytes: u64) -> Segments {
         // At least what a buffer's own allocation would have, and what the kernel likes.
         let alignment = (self.limits().memory_alignment as usize).max(512);
@@ -260,8 +269,8 @@ impl<'a> Io<'a> {
         for (piece, piece_bytes) in self.bounced_pieces(offset, bytes) {
             let begin = align::down(piece, unit);
             let end = align::up(piece + piece_bytes, unit);
-            let _room = self.bounce_room(end - begin).await;
-            let bounce = self.bounce(end - begin);
+            let mut room = self.bounce_room(end - begin).await;
+            let bounce = self.buffer(&mut room, end - begin);
             node.io.read(self, begin, bounce.clone()).await?;
             into.slice(piece - offset, piece_bytes)
                 .copy_from_segments(&bounce.slice(piece - begin, piece_bytes));
@@ -360,8 +369,8 @@ impl<'a> Io<'a> {
         for (piece, piece_bytes) in self.bounced_pieces(offset, bytes) {
             let begin = align::down(piece, unit);
             let end = align::up(piece + piece_bytes, unit);
-            let _room = self.bounce_room(end - begin).await;
-            let bounce = self.bounce(end - begin);
+            let mut room = self.bounce_room(end - begin).await;
+            let bounce = self.buffer(&mut room, end - begin);
             self.read_edges(&bounce, begin, (piece - begin, piece_bytes))
                 .await?;
             bounce
