@@ -33,6 +33,8 @@ pub struct Change {
     control: Control,
     /// `None` once it is committed or given up.
     state: Option<Box<State>>,
+    /// How many backing images are being opened because a header asks for them.
+    pub(super) chain_depth: usize,
 }
 
 pub(super) struct State {
@@ -84,6 +86,7 @@ impl Control {
         let (shape, units) = self.read(|graph| (graph.shape.clone(), graph.units.clone()));
         Change {
             control: self.clone(),
+            chain_depth: 0,
             state: Some(Box::new(State {
                 shape,
                 nodes: BTreeMap::new(),
@@ -108,6 +111,7 @@ impl State {
             nodes: [&self.nodes, &graph.nodes],
             replaced: &self.replaced,
             units: &self.units,
+            types: &graph.types,
             limits: RefCell::default(),
         })
     }
@@ -717,6 +721,7 @@ async fn finish(control: Control, mut rest: Box<Rest>) -> Result<(), Error> {
                 nodes: [&rest.nodes, &graph.nodes],
                 replaced: &BTreeMap::new(),
                 units: &BTreeMap::new(),
+                types: &graph.types,
                 limits: RefCell::default(),
             };
             // Nodes that this change both opened and took out were in no shape before.

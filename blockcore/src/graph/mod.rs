@@ -37,6 +37,7 @@ mod blockers;
 mod chain;
 mod change;
 mod compile;
+mod names;
 mod node;
 mod open;
 pub mod permission;
@@ -237,6 +238,7 @@ impl Graph {
             nodes: [&self.nodes, NOTHING],
             replaced: &NO_HALVES,
             units: &self.units,
+            types: &self.types,
             limits: RefCell::default(),
         }
     }
