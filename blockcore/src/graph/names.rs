@@ -89,7 +89,7 @@ impl Graph {
     }
 }
 
-fn backing_is_overridden(view: &View<'_>, id: NodeId) -> bool {
+pub(super) fn backing_is_overridden(view: &View<'_>, id: NodeId) -> bool {
     let node = view.node(id);
     let opened = node.backing_opened.as_deref();
     let header = match (&node.backing, opened) {
