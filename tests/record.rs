@@ -108,13 +108,19 @@ fn a_crash_at_any_moment_of_a_pivot_leaves_one_tree_to_serve_and_after_it_the_ne
         let daemon = Daemon::start(&simulation);
         let control = daemon.control.clone();
         let served = daemon.run(&simulation, async move { serve(&control).await });
-        assert_eq!(served.expect("it starts"), "disk", "nothing is recorded yet");
+        assert_eq!(
+            served.expect("it starts"),
+            "disk",
+            "nothing is recorded yet"
+        );
 
         let commit = random.chance(800);
         let over = Rc::new(Cell::new(false));
         let (control, told) = (daemon.control.clone(), Rc::clone(&over));
         daemon.worker.context().spawn(async move {
-            pivot(&control, commit).await.expect("nothing is in the way");
+            pivot(&control, commit)
+                .await
+                .expect("nothing is in the way");
             told.set(true);
         });
         for _ in 0..random.below(120) {
@@ -173,7 +179,9 @@ fn arguments_that_contradict_the_record_are_refused_naming_both() {
         let state = ExportState::open(&control, Path::new(STATE), "vda", false).await?;
         control.recorded_node(&state, "disk").await
     });
-    let message = refused.expect_err("the guest would get an old disk").report();
+    let message = refused
+        .expect_err("the guest would get an old disk")
+        .report();
     for part in ["third", "second", "--discard-state"] {
         assert!(message.contains(part), "{message}");
     }

@@ -450,6 +450,19 @@ impl Change {
     ///
     /// Who does not allow what, or what a driver could not do. Everything is as it was.
     pub async fn prepare(mut self) -> Result<Prepared, Error> {
+        match self.get_ready().await {
+            Ok(plans) => Ok(Prepared {
+                change: self,
+                plans,
+            }),
+            Err(error) => {
+                self.abort().await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn get_ready(&mut self) -> Result<BTreeMap<RootId, Arc<Plan>>, Error> {
         self.prepare_permissions().await?;
         let plans = self.compile();
         let moved = self.control.read(|graph| {
@@ -464,10 +477,7 @@ impl Change {
         }
         // Last: the roots stand still, so the old tree and the new one read the same.
         self.record().await?;
-        Ok(Prepared {
-            change: self,
-            plans,
-        })
+        Ok(plans)
     }
 
     /// The plan of every root, as it will be.

@@ -146,7 +146,8 @@ impl<'a> Io<'a> {
     }
 
     pub(super) fn check_write(self, offset: u64, bytes: u64) -> Result<(), IoError> {
-        if self.modes().read_only {
+        let may_write = Permissions::WRITE | Permissions::WRITE_UNCHANGED;
+        if self.modes().read_only || !self.node().granted.intersects(may_write) {
             return Err(IoError::ReadOnly);
         }
         if self.is_growable() && self.node().granted.contains(Permissions::RESIZE) {

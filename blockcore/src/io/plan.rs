@@ -99,7 +99,10 @@ impl Plan {
             memory_alignment: all(|limits| limits.memory_alignment) as usize,
             max_bytes: nodes.iter().map(longest).min().unwrap_or(u64::MAX),
             reads: untracked,
-            writes: untracked && !nodes[0].modes.read_only && nodes.iter().all(writes),
+            writes: untracked
+                && !nodes[0].modes.read_only
+                && nodes[0].granted.contains(Permissions::WRITE)
+                && nodes.iter().all(writes),
         };
         Arc::new(Self { nodes, fast })
     }
