@@ -32,6 +32,7 @@ pub(crate) mod flush;
 mod layer;
 mod length;
 mod plan;
+pub mod policy;
 mod root;
 pub(crate) mod status;
 pub mod tracked;
