@@ -37,10 +37,12 @@ mod blockers;
 mod chain;
 mod change;
 mod compile;
+mod names;
 mod node;
 mod open;
 pub mod permission;
 pub mod record;
+mod recording;
 mod reopen;
 mod roots;
 mod shape;
@@ -58,6 +60,7 @@ use self::compile::View;
 pub use self::node::Node;
 pub use self::open::{NODE_OPTIONS, open_modes};
 use self::roots::RootRecord;
+pub use self::recording::ExportState;
 pub use self::roots::{RootSpec, RootUser};
 use self::shape::Shape;
 use crate::drain::{Held, Scope, SectionId};
@@ -237,6 +240,7 @@ impl Graph {
             nodes: [&self.nodes, NOTHING],
             replaced: &NO_HALVES,
             units: &self.units,
+            types: &self.types,
             limits: RefCell::default(),
         }
     }

@@ -84,7 +84,8 @@ impl<'a> Io<'a> {
         let mut held = Held::new();
         let mut layer = self;
         loop {
-            if !align::is_aligned(offset, bytes, layer.unit()) {
+            let guarded = write && layer.node().guard.is_some();
+            if guarded || !align::is_aligned(offset, bytes, layer.unit()) {
                 return Err(IoError::Unsupported);
             }
             match write {

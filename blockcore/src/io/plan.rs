@@ -8,8 +8,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::IoContext;
 use super::align;
+use super::{HeaderGuard, IoContext};
 use crate::dirty_bitmap::Bits;
 use crate::driver::{DetectZeroes, DriverIo, DriverKind, Limits, Mapping, Role};
 use crate::engine::FileId;
@@ -37,6 +37,8 @@ pub(crate) struct PlanNode {
     pub(crate) granted: Permissions,
     /// Requests register: one of them may have to keep others off its bytes.
     pub(crate) tracked: bool,
+    /// Keeps the first bytes from looking like another format's: the node's was guessed.
+    pub(crate) guard: Option<HeaderGuard>,
     /// Set after every change of the node's bytes.
     pub(crate) bitmaps: Vec<Arc<Bits>>,
 }
@@ -88,7 +90,9 @@ impl Plan {
         };
         let untracked = nodes.iter().all(|node| !node.tracked);
         let writes = |node: &PlanNode| {
-            node.modes.detect_zeroes == DetectZeroes::Off && node.bitmaps.is_empty()
+            node.modes.detect_zeroes == DetectZeroes::Off
+                && node.bitmaps.is_empty()
+                && node.guard.is_none()
         };
         let fast = Fast {
             alignment: u64::from(all(|limits| limits.request_alignment)),
@@ -110,6 +114,7 @@ impl Plan {
                     && (one.limits, one.modes, one.tracked, one.granted)
                         == (other.limits, other.modes, other.tracked, other.granted)
                     && one.children == other.children
+                    && one.guard.is_some() == other.guard.is_some()
                     && one.bitmaps.len() == other.bitmaps.len()
                     && one
                         .bitmaps
