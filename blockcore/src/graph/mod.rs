@@ -149,6 +149,7 @@
 //! }
 //! ```
 
+mod activity;
 mod bitmaps;
 mod blockers;
 mod chain;
