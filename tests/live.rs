@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use backend::config::{ExportConfig, ProcessConfig};
 use backend::daemon::{ControlHandle, Daemon};
 use blockcore::engine::EngineChoice;
+use blockcore::io::policy::ErrorPolicy;
 use blockcore::options::Options;
 use harness::daemon::{Place, eventually};
 use harness::frontend::blk::{self, Request};
@@ -300,6 +301,8 @@ fn build(
         queues: QUEUES as u16,
         block_bytes: None,
         serial: String::new(),
+        on_error: ErrorPolicy::default(),
+        retry_held: None,
     })?;
     Ok(daemon)
 }

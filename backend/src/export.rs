@@ -226,6 +226,9 @@ impl Export {
         // Not while a queue is on its way with some of them.
         let _turn = self.turns.next().await;
         self.holds.reset_status();
+        for (_, parked) in self.parked.borrow_mut().values_mut() {
+            parked.iter_mut().for_each(Parked::resume);
+        }
         let device = self.device;
         self.ask_all(|reply| Command::Resume(device, reply)).await;
     }

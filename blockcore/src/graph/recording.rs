@@ -124,7 +124,10 @@ impl Change {
                 }
             }
             let before = state.recorded();
-            if before.as_ref().is_some_and(|before| before.current == current) {
+            if before
+                .as_ref()
+                .is_some_and(|before| before.current == current)
+            {
                 continue;
             }
             let given = match &before {
@@ -312,7 +315,12 @@ impl Control {
 /// The nodes that an operator named nearest below one.
 fn named_below(tree: &Tree, name: &str) -> Vec<String> {
     let mut found = Vec::new();
-    for child in tree.nodes.get(name).iter().flat_map(|n| n.children.values()) {
+    for child in tree
+        .nodes
+        .get(name)
+        .iter()
+        .flat_map(|n| n.children.values())
+    {
         match child.node() {
             Some(child) if child.starts_with(MADE_UP) => found.extend(named_below(tree, child)),
             Some(child) => found.push(child.to_owned()),
@@ -332,7 +340,10 @@ fn options_of(tree: &Tree, name: &str) -> Options {
         match child {
             ChildRecord::Absent => options.set_value(role, OptionValue::Null),
             // The image asks for it by itself; its own options were none.
-            ChildRecord::Node { name, implied: true } if name.starts_with(MADE_UP) => {}
+            ChildRecord::Node {
+                name,
+                implied: true,
+            } if name.starts_with(MADE_UP) => {}
             ChildRecord::Node { name, .. } if name.starts_with(MADE_UP) => {
                 options.set_nested(role, options_of(tree, name));
             }
