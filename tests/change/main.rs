@@ -3,6 +3,7 @@
 
 mod handover;
 mod names;
+mod requests;
 mod resize;
 
 use std::rc::Rc;
