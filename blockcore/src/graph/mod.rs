@@ -468,3 +468,6 @@ impl Control {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
