@@ -116,6 +116,11 @@ impl IoContext {
 
     /// The root called `id`, if it is attached here.
     pub fn root(&self, id: RootId) -> Option<Rc<Root>> {
+        self.any_root(id).filter(|root| !root.is_leaving())
+    }
+
+    /// As [`root`](Self::root); also one that is being detached, which may have requests in flight.
+    pub(crate) fn any_root(&self, id: RootId) -> Option<Rc<Root>> {
         self.roots.borrow().get(&id).cloned()
     }
 
@@ -123,11 +128,11 @@ impl IoContext {
         self.roots.borrow_mut().insert(root.id(), root);
     }
 
-    pub(crate) fn remove_root(&self, id: RootId) -> Option<Rc<Root>> {
-        self.roots.borrow_mut().remove(&id)
+    pub(crate) fn remove_root(&self, id: RootId) {
+        self.roots.borrow_mut().remove(&id);
     }
 
-    /// The engine's clock as it was when this turn began.
+    /// The engine's clock as it was when this turn began, or the sleep before it ended.
     pub fn turn_time(&self) -> Duration {
         self.turn_time.get()
     }
@@ -243,6 +248,8 @@ impl IoContext {
         };
         // Wakes the sleeper: a simulated wait goes on after it has returned.
         self.engine.wait(events, limit);
+        // What is taken next begins now, and not before the sleep.
+        self.turn_time.set(self.engine.now());
     }
 
     /// When the next timer fires, on the engine's clock.

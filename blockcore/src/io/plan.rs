@@ -99,7 +99,10 @@ impl Plan {
             memory_alignment: all(|limits| limits.memory_alignment) as usize,
             max_bytes: nodes.iter().map(longest).min().unwrap_or(u64::MAX),
             reads: untracked,
-            writes: untracked && !nodes[0].modes.read_only && nodes.iter().all(writes),
+            writes: untracked
+                && !nodes[0].modes.read_only
+                && nodes[0].granted.contains(Permissions::WRITE)
+                && nodes.iter().all(writes),
         };
         Arc::new(Self { nodes, fast })
     }
@@ -122,6 +125,14 @@ impl Plan {
                         .zip(&other.bitmaps)
                         .all(|(one, other)| Arc::ptr_eq(one, other))
             })
+    }
+
+    /// The next flush of every node is a real one: some of them may have other children, or other modes,
+    /// than when they were flushed.
+    pub(crate) fn doubt_flushes(&self) {
+        for node in &self.nodes {
+            node.state.generation.doubt();
+        }
     }
 
     /// The length of the root in bytes, now.
