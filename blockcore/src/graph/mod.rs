@@ -477,3 +477,6 @@ impl Control {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
