@@ -200,13 +200,25 @@ impl History {
         }
     }
 
-    /// A read has ended: well, with what it read, or with nothing to look at.
+    /// A read has ended: well, with what it read (all or the beginning), or with nothing to look at.
     pub fn end_read(&mut self, read: Read, data: Option<&[u8]>) -> Result<(), Mismatch> {
         self.reads.retain(|begun| *begun != read.begun);
         let Some(data) = data else { return Ok(()) };
-        assert_eq!(data.len() as u64, read.bytes);
+        assert!(data.len() as u64 <= read.bytes);
         self.check(read.offset, data, "read", |version| {
             version.replaced >= read.begun
+        })
+    }
+
+    /// Whether a range reads as zeroes whenever it is read, with no write to it under way.
+    pub fn is_zero(&self, offset: u64, bytes: u64) -> bool {
+        let mut cells = self.range(offset, bytes);
+        cells.all(|cell| {
+            let mut versions = self.cells[cell].iter();
+            versions.all(|version| {
+                let seen = version.replaced == u32::MAX;
+                version.ended != u32::MAX && (!seen || version.tag == 0)
+            })
         })
     }
 

@@ -9,5 +9,7 @@ pub mod host;
 pub mod libblkio;
 pub mod load;
 pub mod model;
+pub mod pass;
 pub mod peer;
 pub mod random;
+pub mod seeds;

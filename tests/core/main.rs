@@ -1,0 +1,192 @@
+//! The whole core on the simulated engine: random graphs that change under random requests, checked
+//! against what each disk may hold.
+//!
+//! A seed decides the disks, what goes wrong, how many workers and roots there are, what the roots'
+//! users ask, and what the operator does meanwhile: insert and remove filters, reopen and replace nodes,
+//! drain, move roots from worker to worker, add and look at bitmaps, and try what must be refused. A
+//! graph lives several lives: each ends in order, by a kill or by a power cut, and the next builds a new
+//! graph on what is left.
+//!
+//! The environment chooses the seeds: see [`harness::seeds`].
+
+mod case;
+#[cfg(feature = "planted-faults")]
+mod faults;
+mod guest;
+mod life;
+mod marks;
+mod operator;
+mod view;
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::time::Duration;
+
+use blockcore::engine::sim::{Random, Simulation};
+use harness::history::{Flushed, History};
+use harness::{pass, seeds};
+
+use case::Case;
+use life::Life;
+
+/// Seeds tried when nothing is said.
+const DEFAULT_SEEDS: u64 = 1000;
+/// Simulated time after which a wait that has not ended is stuck.
+const LIMIT: Duration = Duration::from_secs(600);
+
+#[test]
+fn graphs_change_under_requests_and_disks_hold_only_what_their_histories_allow() {
+    if let Some(totals) = seeds::try_all(DEFAULT_SEEDS, try_seed) {
+        totals.check();
+    }
+}
+
+/// Runs a seed; a failure says how to have it again.
+fn try_seed(seed: u64, totals: &mut Totals) -> u64 {
+    let case = Case::new(seed);
+    seeds::replayable(seed, &case, |case| Test::run(case, totals))
+}
+
+/// What the seeds reached together, so that a test that tests nothing is seen.
+#[derive(Clone, Debug, Default)]
+struct Totals {
+    requests: u64,
+    fast: u64,
+    failed: u64,
+    kills: u64,
+    power_cuts: u64,
+    changes: u64,
+    given_up: u64,
+    refused: u64,
+    drains: u64,
+    waited_elsewhere: u64,
+    moves: u64,
+    mirror_looks: u64,
+    mark_looks: u64,
+    zero_answers: u64,
+}
+
+impl Totals {
+    fn check(&self) {
+        assert!(self.requests > 40_000 && self.fast > 2_000, "{self:?}");
+        assert!(self.failed > 500, "{self:?}");
+        assert!(self.kills > 200 && self.power_cuts > 400, "{self:?}");
+        assert!(self.changes > 5_000 && self.given_up > 500, "{self:?}");
+        assert!(self.refused > 500 && self.drains > 2_000, "{self:?}");
+        assert!(self.waited_elsewhere > 100 && self.moves > 500, "{self:?}");
+        assert!(self.mirror_looks > 500 && self.mark_looks > 500, "{self:?}");
+    }
+
+    fn add(&mut self, other: &Self) {
+        self.requests += other.requests;
+        self.fast += other.fast;
+        self.failed += other.failed;
+        self.kills += other.kills;
+        self.power_cuts += other.power_cuts;
+        self.changes += other.changes;
+        self.given_up += other.given_up;
+        self.refused += other.refused;
+        self.drains += other.drains;
+        self.waited_elsewhere += other.waited_elsewhere;
+        self.moves += other.moves;
+        self.mirror_looks += other.mirror_looks;
+        self.mark_looks += other.mark_looks;
+        self.zero_answers += other.zero_answers;
+    }
+}
+
+/// The disks across all lives.
+struct Test {
+    case: Case,
+    simulation: Rc<Simulation>,
+    disks: Vec<Disk>,
+    random: RefCell<Random>,
+    next_tag: Cell<u32>,
+    failure: RefCell<Option<String>>,
+    totals: RefCell<Totals>,
+}
+
+/// A disk and what it may hold.
+struct Disk {
+    path: String,
+    history: RefCell<History>,
+    /// Syncs of it that have failed, as far as the history knows.
+    lost_syncs: Cell<u64>,
+}
+
+impl Test {
+    /// Lives every life; returns the simulation's hash.
+    fn run(case: &Case, totals: &mut Totals) -> Result<u64, String> {
+        pass::take_misuse();
+        let simulation = Rc::new(Simulation::new(case.seed));
+        for disk in &case.disks {
+            simulation.create_file(&disk.path, disk.properties.clone(), disk.bytes);
+        }
+        let disks = case.disks.iter().map(|disk| Disk {
+            path: disk.path.clone(),
+            history: RefCell::new(History::new(disk.bytes, case.grain)),
+            lost_syncs: Cell::new(0),
+        });
+        let test = Rc::new(Self {
+            disks: disks.collect(),
+            random: RefCell::new(simulation.random()),
+            case: case.clone(),
+            simulation: Rc::clone(&simulation),
+            next_tag: Cell::new(1),
+            failure: RefCell::default(),
+            totals: RefCell::default(),
+        });
+        for life in 0..case.lives {
+            let lived = Life::begin(&test).and_then(|begun| begun.live());
+            lived.map_err(|why| format!("seed {}, life {life}: {why}", case.seed))?;
+        }
+        totals.add(&test.totals.borrow());
+        Ok(simulation.hash())
+    }
+
+    fn below(&self, limit: u64) -> u64 {
+        self.random.borrow_mut().below(limit)
+    }
+
+    fn chance(&self, permille: u32) -> bool {
+        self.random.borrow_mut().chance(permille)
+    }
+
+    fn fail(&self, why: String) {
+        self.failure.borrow_mut().get_or_insert(why);
+    }
+
+    fn has_failed(&self) -> bool {
+        if let Some(misuse) = pass::take_misuse() {
+            self.fail(misuse);
+        }
+        self.failure.borrow().is_some()
+    }
+
+    fn check(&self) -> Result<(), String> {
+        self.has_failed();
+        self.failure.borrow_mut().take().map_or(Ok(()), Err)
+    }
+
+    fn count(&self, which: impl FnOnce(&mut Totals) -> &mut u64) {
+        *which(&mut self.totals.borrow_mut()) += 1;
+    }
+
+    /// A disk's history, with the flushes that failed without anybody of ours being told: those of
+    /// changes of the graph, and those that a kill cut off.
+    fn history(&self, disk: usize) -> std::cell::RefMut<'_, History> {
+        let disk = &self.disks[disk];
+        let mut history = disk.history.borrow_mut();
+        let lost = self.simulation.lost_syncs(&disk.path);
+        if disk.lost_syncs.replace(lost) != lost {
+            let flush = history.begin_flush();
+            history.end_flush(flush, Flushed::Lost);
+        }
+        history
+    }
+
+    fn contents(&self, disk: usize) -> Vec<u8> {
+        let contents = self.simulation.contents(&self.disks[disk].path);
+        contents.expect("nobody removes it")
+    }
+}
