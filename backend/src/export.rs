@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use blockcore::driver::Limits;
-use blockcore::graph::{Control, RootId, RootSpec, RootUser};
+use blockcore::graph::{Control, ExportState, RootId, RootSpec, RootUser};
 use blockcore::io::{ContextHandle, Plan};
 use blockcore::mailbox::Mailbox;
 use blockcore::turns::Turns;
@@ -54,6 +54,15 @@ pub struct QueueSetup {
     pub hang_up: Arc<dyn Fn() + Send + Sync>,
 }
 
+/// What an export's root has besides its permissions.
+#[derive(Default)]
+pub struct RootSide {
+    /// Who is told what happens to the node.
+    pub user: Option<Rc<dyn RootUser>>,
+    /// Where changes of what the guest reads are recorded ahead.
+    pub state: Option<Rc<ExportState>>,
+}
+
 /// See the module's header.
 pub struct Export {
     config: ExportConfig,
@@ -84,7 +93,7 @@ impl Export {
         control: &Control,
         workers: Vec<WorkerHandle>,
         first: usize,
-        user: Option<Rc<dyn RootUser>>,
+        root: RootSide,
     ) -> Result<Rc<Self>, Error> {
         config.check()?;
         let block_bytes = control.read(|graph| {
@@ -99,7 +108,8 @@ impl Export {
             false => RootSpec::reader(who),
         };
         let spec = RootSpec {
-            user,
+            user: root.user,
+            state: root.state,
             ..spec.in_units_of(block_bytes)
         };
         let root = control.add_root(&config.node, spec).await?;

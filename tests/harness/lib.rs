@@ -10,6 +10,7 @@ pub mod libblkio;
 pub mod load;
 pub mod model;
 pub mod pass;
+pub mod overlay;
 pub mod peer;
 pub mod random;
 pub mod seeds;

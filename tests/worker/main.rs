@@ -18,7 +18,7 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::Duration;
 
-use backend::export::{Export, WorkerHandle};
+use backend::export::{Export, RootSide, WorkerHandle};
 use backend::worker::DeviceId;
 use blockcore::engine::sim::{Random, Simulation, Worker};
 use blockcore::graph::Control;
@@ -219,7 +219,15 @@ impl Test {
         for _ in 0..10_000 {
             let (control, config, workers) = (control.clone(), config.clone(), workers.clone());
             let offering = async move {
-                Export::new(config, DeviceId(7), &control, workers, first, None).await
+                Export::new(
+                    config,
+                    DeviceId(7),
+                    &control,
+                    workers,
+                    first,
+                    RootSide::default(),
+                )
+                .await
             };
             let offered = simulation.run(office, LIMIT, offering);
             match offered.map_err(|stuck| stuck.to_string())? {

@@ -17,6 +17,7 @@ use std::sync::Arc;
 
 use super::compile::View;
 use super::permission::{self, Permissions};
+use super::recording::{self, NewStates, Written};
 use super::reopen::Reopening;
 use super::roots::{RootRecord, RootSpec, RootUser};
 use super::shape::{Cumulative, Edge, Parent, Shape};
@@ -33,6 +34,8 @@ pub struct Change {
     control: Control,
     /// `None` once it is committed or given up.
     state: Option<Box<State>>,
+    /// How many backing images are being opened because a header asks for them.
+    pub(super) chain_depth: usize,
 }
 
 pub(super) struct State {
@@ -42,6 +45,9 @@ pub(super) struct State {
     /// The order in which they were opened: children first.
     opened: Vec<NodeId>,
     new_roots: BTreeMap<RootId, Option<Rc<dyn RootUser>>>,
+    pub(super) new_states: NewStates,
+    /// What was written into state files for this change.
+    pub(super) written: Vec<Written>,
     units: BTreeMap<RootId, u32>,
     removed: Vec<NodeId>,
     /// I/O halves from the commit on.
@@ -84,11 +90,14 @@ impl Control {
         let (shape, units) = self.read(|graph| (graph.shape.clone(), graph.units.clone()));
         Change {
             control: self.clone(),
+            chain_depth: 0,
             state: Some(Box::new(State {
                 shape,
                 nodes: BTreeMap::new(),
                 opened: Vec::new(),
                 new_roots: BTreeMap::new(),
+                new_states: NewStates::new(),
+                written: Vec::new(),
                 units,
                 removed: Vec::new(),
                 replaced: BTreeMap::new(),
@@ -108,6 +117,7 @@ impl State {
             nodes: [&self.nodes, &graph.nodes],
             replaced: &self.replaced,
             units: &self.units,
+            types: &graph.types,
             limits: RefCell::default(),
         })
     }
@@ -159,6 +169,9 @@ impl Change {
         let state = self.state_mut();
         state.units.insert(id, spec.unit_bytes.max(1));
         state.new_roots.insert(id, spec.user);
+        if let Some(recorded) = spec.state {
+            state.new_states.insert(id, recorded);
+        }
         state.shape.attach(
             edge,
             Edge {
@@ -437,6 +450,19 @@ impl Change {
     ///
     /// Who does not allow what, or what a driver could not do. Everything is as it was.
     pub async fn prepare(mut self) -> Result<Prepared, Error> {
+        match self.get_ready().await {
+            Ok(plans) => Ok(Prepared {
+                change: self,
+                plans,
+            }),
+            Err(error) => {
+                self.abort().await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn get_ready(&mut self) -> Result<BTreeMap<RootId, Arc<Plan>>, Error> {
         self.prepare_permissions().await?;
         let plans = self.compile();
         let moved = self.control.read(|graph| {
@@ -449,10 +475,9 @@ impl Change {
         if !moved.is_empty() && !fault::is_planted(Fault::PlanWithoutDrain) {
             self.drain(Scope::Roots(moved)).await;
         }
-        Ok(Prepared {
-            change: self,
-            plans,
-        })
+        // Last: the roots stand still, so the old tree and the new one read the same.
+        self.record().await?;
+        Ok(plans)
     }
 
     /// The plan of every root, as it will be.
@@ -489,6 +514,7 @@ impl Drop for Change {
 }
 
 async fn abort(control: &Control, mut state: Box<State>) {
+    recording::undo(control, std::mem::take(&mut state.written)).await;
     for reopening in state.reopened.drain(..).rev() {
         if !fault::is_planted(Fault::ReopenAbort) {
             reopening.driver.take().reopen_abort();
@@ -602,7 +628,13 @@ impl Graph {
         }
         self.units = std::mem::take(&mut state.units);
         let resized = self.update_nodes();
+        let new_states = std::mem::take(&mut state.new_states);
         self.update_roots(std::mem::take(&mut state.new_roots), plans);
+        for (id, recorded) in new_states {
+            if let Some(root) = self.roots.get_mut(&id) {
+                root.state = Some(recorded);
+            }
+        }
         Left {
             shape: before,
             nodes: gone,
@@ -645,6 +677,7 @@ impl Graph {
                         plan,
                         contexts: Vec::new(),
                         user,
+                        state: None,
                     },
                 );
                 continue;
@@ -717,6 +750,7 @@ async fn finish(control: Control, mut rest: Box<Rest>) -> Result<(), Error> {
                 nodes: [&rest.nodes, &graph.nodes],
                 replaced: &BTreeMap::new(),
                 units: &BTreeMap::new(),
+                types: &graph.types,
                 limits: RefCell::default(),
             };
             // Nodes that this change both opened and took out were in no shape before.

@@ -37,10 +37,12 @@ mod blockers;
 mod chain;
 mod change;
 mod compile;
+mod names;
 mod node;
 mod open;
 pub mod permission;
 pub mod record;
+mod recording;
 mod reopen;
 mod roots;
 mod shape;
@@ -57,6 +59,7 @@ pub use self::change::{Change, Closing, Prepared};
 use self::compile::View;
 pub use self::node::Node;
 pub use self::open::{NODE_OPTIONS, open_modes};
+pub use self::recording::ExportState;
 use self::roots::RootRecord;
 pub use self::roots::{RootSpec, RootUser};
 use self::shape::Shape;
@@ -237,6 +240,7 @@ impl Graph {
             nodes: [&self.nodes, NOTHING],
             replaced: &NO_HALVES,
             units: &self.units,
+            types: &self.types,
             limits: RefCell::default(),
         }
     }

@@ -29,6 +29,7 @@ mod context;
 mod copy;
 mod copy_on_read;
 pub(crate) mod flush;
+mod guard;
 mod layer;
 mod length;
 mod plan;
@@ -40,6 +41,7 @@ mod zero;
 use futures_util::future::LocalBoxFuture;
 
 pub use self::context::{ContextHandle, IoContext};
+pub(crate) use self::guard::HeaderGuard;
 pub use self::layer::Io;
 pub use self::plan::{Modes, Plan};
 pub(crate) use self::plan::{PlanChild, PlanNode};

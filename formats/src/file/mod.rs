@@ -526,6 +526,8 @@ impl DriverIo for FileIo {
                     Err(error) => patience.again(io, error).await?,
                 }
             }
+            // A parent that may resize writes past the end.
+            self.bytes.fetch_max(offset + bytes, Ordering::AcqRel);
             Ok(())
         }
         .boxed_local()
