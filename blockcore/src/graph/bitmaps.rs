@@ -29,7 +29,8 @@ impl Control {
         })
     }
 
-    /// Makes the bitmaps of a node as long as the node is.
+    /// Makes the bitmaps of a node as long as the node is. What was added is marked in those that record:
+    /// writes may have gone there since the node became longer.
     pub(super) async fn fit_bitmaps(&self, id: NodeId) {
         let _turn = self.turns.next().await;
         let _drained = self.drain(Scope::Nodes(BTreeSet::from([id]))).await;
@@ -38,8 +39,13 @@ impl Control {
                 return;
             };
             let bytes = node.state.bytes();
-            if let Err(error) = node.bitmaps.resize(bytes) {
-                tracing::error!(node = %node.name, error = %error.report(), "bitmaps do not cover the node");
+            let covered = node.bitmaps.length();
+            match node.bitmaps.resize(bytes) {
+                // Whatever was written there before now could not be noted.
+                Ok(()) => node.bitmaps.mark(covered, bytes.saturating_sub(covered)),
+                Err(error) => {
+                    tracing::error!(node = %node.name, error = %error.report(), "bitmaps do not cover the node");
+                }
             }
             graph.replan();
         });

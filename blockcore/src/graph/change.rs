@@ -699,6 +699,10 @@ impl Graph {
     ) {
         self.roots.retain(|id, _| plans.contains_key(id));
         for (id, plan) in plans {
+            let before = self.roots.get(&id);
+            if before.is_none_or(|root| !root.plan.is_same(&plan)) {
+                plan.doubt_flushes();
+            }
             let Some(root) = self.roots.get_mut(&id) else {
                 let user = new.remove(&id).flatten();
                 self.roots.insert(
@@ -719,7 +723,7 @@ impl Graph {
             for context in &root.contexts {
                 let plan = Arc::clone(&plan);
                 context.post(move |context| {
-                    if let Some(root) = context.root(id) {
+                    if let Some(root) = context.any_root(id) {
                         root.set_plan(plan);
                     }
                 });

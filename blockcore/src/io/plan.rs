@@ -127,6 +127,14 @@ impl Plan {
             })
     }
 
+    /// The next flush of every node is a real one: some of them may have other children, or other modes,
+    /// than when they were flushed.
+    pub(crate) fn doubt_flushes(&self) {
+        for node in &self.nodes {
+            node.state.generation.doubt();
+        }
+    }
+
     /// The length of the root in bytes, now.
     #[inline]
     pub fn bytes(&self) -> u64 {

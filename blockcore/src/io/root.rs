@@ -83,6 +83,8 @@ pub struct Root {
     context: Rc<IoContext>,
     plan: RefCell<Rc<LocalPlan>>,
     held: Cell<bool>,
+    /// It is being detached: drained sections wait for it, and nobody new finds it.
+    leaving: Cell<bool>,
     fast_path: Cell<bool>,
     requests: RefCell<Requests>,
     /// Who is to be told when nothing is in flight.
@@ -126,6 +128,7 @@ impl Root {
             plan: RefCell::new(LocalPlan::new(&context, plan)),
             context,
             held: Cell::new(held),
+            leaving: Cell::new(false),
             fast_path: Cell::new(true),
             requests: RefCell::default(),
             quiet: RefCell::default(),
@@ -299,6 +302,15 @@ impl Root {
         if !held {
             self.let_go.notify(usize::MAX);
         }
+    }
+
+    pub(crate) fn is_leaving(&self) -> bool {
+        self.leaving.get()
+    }
+
+    /// Nobody finds the root any more; its requests go on to their end.
+    pub(crate) fn leave(&self) {
+        self.leaving.set(true);
     }
 
     /// Tells `reply` when nothing is in flight.
