@@ -2,6 +2,7 @@
 
 use blockcore::engine::FileType;
 use blockcore::engine::sim::{Faults, FileProperties, Random};
+use harness::overlay;
 
 /// See the module's header.
 #[derive(Clone, Debug)]
@@ -25,9 +26,51 @@ pub(crate) struct Case {
 #[derive(Clone, Debug)]
 pub(crate) struct DiskCase {
     pub(crate) path: String,
+    /// The disk's length.
     pub(crate) bytes: u64,
+    /// The disk is what an image of clusters of this size holds, above a base.
+    pub(crate) cluster: Option<u64>,
+    /// Where the base is.
+    pub(crate) base_path: String,
+    /// How long the base is.
+    pub(crate) base_bytes: u64,
     pub(crate) direct: bool,
+    is_device: bool,
     pub(crate) properties: FileProperties,
+}
+
+impl DiskCase {
+    /// What goes together: images lie in files, which grow; a base is no longer than its image.
+    fn fitted(mut self) -> Self {
+        self.base_bytes = self.base_bytes.min(self.bytes);
+        if self.is_device && self.cluster.is_none() {
+            self.properties.file_type = FileType::BlockDevice;
+        }
+        self
+    }
+
+    /// How long its file is at first.
+    pub(crate) fn file_bytes(&self) -> u64 {
+        match self.cluster {
+            None => self.bytes,
+            Some(_) => 0,
+        }
+    }
+
+    /// The disk, from what the files hold.
+    pub(crate) fn decode(&self, file: &[u8], base: &[u8]) -> Vec<u8> {
+        let Some(cluster) = self.cluster else {
+            return file.to_vec();
+        };
+        let byte = |of: &[u8], at: u64| of.get(at as usize).copied().unwrap_or(0);
+        let bytes =
+            (0..self.bytes).map(|at| match byte(file, overlay::MAP_OFFSET + at / cluster) {
+                0 => byte(base, at),
+                1 => byte(file, overlay::DATA_OFFSET + at),
+                _ => 0,
+            });
+        bytes.collect()
+    }
 }
 
 impl Case {
@@ -42,12 +85,16 @@ impl Case {
                     16 => of(&[2, 4]) * 4096,
                     _ => of(&[4, 8, 24]) * 4096,
                 },
+                cluster: match of(&[0, 0, 1]) {
+                    0 => None,
+                    _ => Some(of(&[512, 4096, 16384])),
+                },
+                base_path: format!("/simulated/base{number}"),
+                base_bytes: of(&[2, 4, 24]) * 4096,
                 direct: of(&[0, 1]) == 1,
+                is_device: of(&[0, 0, 0, 1]) == 1,
                 properties: FileProperties {
-                    file_type: match of(&[0, 0, 0, 1]) {
-                        0 => FileType::Regular,
-                        _ => FileType::BlockDevice,
-                    },
+                    file_type: FileType::Regular,
                     direct_alignment: of(&[512, 4096]) as u32,
                     memory_alignment: of(&[4, 512]) as u32,
                     punches: of(&[0, 1, 1]) == 1,
@@ -55,6 +102,7 @@ impl Case {
                     ..FileProperties::default()
                 },
             })
+            .map(DiskCase::fitted)
             .collect();
         let (transient, fails) = match of(&[0, 0, 1, 2, 2]) {
             0 => (false, false),
@@ -90,7 +138,7 @@ impl Case {
         }
     }
 
-    /// The driver for a disk.
+    /// The driver for a disk's file.
     pub(crate) fn driver(disk: &DiskCase) -> &'static str {
         match disk.properties.file_type {
             FileType::BlockDevice => "host_device",

@@ -184,9 +184,7 @@ impl Asking {
             false => self.request.read(offset, into.clone()).await,
         };
         let data = result.is_ok().then(|| into.to_vec());
-        let checked = test
-            .history(self.view.disk)
-            .end_read(read, data.as_deref());
+        let checked = test.history(self.view.disk).end_read(read, data.as_deref());
         if let Err(wrong) = checked {
             test.fail(format!("{:?} by {:?}: {wrong}", self.user.id, self.view));
         }
@@ -243,33 +241,32 @@ impl Asking {
             let _ = self.request.block_status(true, offset, bytes).await;
         }
         let write = test.history(self.view.disk).begin_write(0, at, bytes);
+        let begun = write.begun();
         let result = self.request.write_zeroes(offset, bytes, how).await;
-        self.end_write("zeroing", write, result, flags, (at, bytes));
+        let ended = self.end_write("zeroing", write, result, flags, (at, bytes));
         if result.is_ok() && unmap {
-            self.look_at_hole(offset, bytes).await;
+            self.look_at_hole(offset, bytes, (begun, ended)).await;
         }
     }
 
     /// A range that was just given back to the host is known to be zero.
-    async fn look_at_hole(&self, offset: u64, bytes: u64) {
+    async fn look_at_hole(&self, offset: u64, bytes: u64, (begun, ended): (u32, u32)) {
         let test = &self.life.test;
         let properties = &test.case.disks[self.view.disk].properties;
         let regular = properties.file_type == blockcore::engine::FileType::Regular;
         let (at, block) = (self.on_disk(offset), 4096);
         let begin = at.next_multiple_of(block);
         let end = (at + bytes) / block * block;
-        if !properties.punches || !regular || !self.view.unmap || begin >= end {
-            return;
-        }
-        let is_zero = || test.history(self.view.disk).is_zero(begin, end - begin);
-        if !is_zero() {
+        let is_image = test.case.disks[self.view.disk].cluster.is_some();
+        if !properties.punches || !regular || is_image || !self.view.unmap || begin >= end {
             return;
         }
         let from = begin - self.view.base;
         let status = self.request.block_status(true, from, end - begin).await;
         let Ok(status) = status else { return };
-        if is_zero() && !status.flags.contains(StatusFlags::ZERO) {
-            // Somebody may have written it with zeroes meanwhile: that is for the history to say.
+        let history = test.history(self.view.disk);
+        let untouched = history.is_untouched(begin, end - begin, begun, ended);
+        if untouched && !status.flags.contains(StatusFlags::ZERO) {
             test.fail(format!(
                 "{} bytes at {from:#x} of {:?} were given back, and are {:?}",
                 end - begin,
@@ -394,7 +391,7 @@ impl Asking {
         result: Result<(), IoError>,
         flags: WriteFlags,
         (at, bytes): (u64, u64),
-    ) {
+    ) -> u32 {
         let test = &self.life.test;
         let outcome = match result {
             Ok(()) if flags.contains(WriteFlags::STABLE) => Outcome::Stable,
@@ -403,6 +400,7 @@ impl Asking {
         };
         let mut history = test.history(self.view.disk);
         history.end_write(write, outcome);
+        let ended = history.now();
         if result == Err(IoError::FlushLost) {
             let flush = history.begin_flush();
             history.end_flush(flush, Flushed::Lost);
@@ -412,6 +410,7 @@ impl Asking {
             self.life.expect_marks(&self.view, at, bytes);
         }
         self.check(what, result);
+        ended
     }
 
     fn check(&self, what: &str, result: Result<(), IoError>) {

@@ -13,6 +13,7 @@ use blockcore::io::buffer::Segments;
 use blockcore::options::Options;
 use blockcore::{Error, ErrorKind};
 use futures_channel::oneshot;
+use harness::overlay;
 use harness::pass::PASS_THROUGH;
 
 use crate::case::Case;
@@ -80,7 +81,7 @@ impl Life {
             test.history(disk).killed(false);
         }
         let office = simulation.worker();
-        let mut drivers = formats::drivers();
+        let mut drivers = overlay::drivers();
         drivers.push(&PASS_THROUGH);
         let control = Control::new(Graph::new(drivers), Rc::clone(office.context()));
         let workers = (0..test.case.workers).map(|_| {
@@ -136,11 +137,18 @@ impl Life {
                 disk.path
             ))
             .await?;
-            let raw = self.raw_options(number);
-            self.add(&format!("{raw},file=file{number}")).await?;
+            if disk.cluster.is_some() {
+                self.add(&format!(
+                    "driver=file,node-name=base{number},filename={},read-only=on",
+                    disk.base_path
+                ))
+                .await?;
+            }
+            let part = self.part_options(number);
+            self.add(&format!("{part},file=file{number}")).await?;
             for _ in 0..test.below(3) {
                 let name = self.new_name();
-                let below = self.any_node(number);
+                let below = self.any_node(number, true);
                 self.add(&format!(
                     "driver=pass-through,node-name={name},discard=unmap,ask={},file={below}",
                     ["on", "off"][test.below(2) as usize]
@@ -150,7 +158,7 @@ impl Life {
         }
         for number in 0..test.case.roots {
             let disk = test.below(test.disks.len() as u64) as usize;
-            let node = self.any_node(disk);
+            let node = self.any_node(disk, false);
             let writes = number == 0 || test.chance(800);
             self.add_user(&node, writes).await?;
         }
@@ -187,8 +195,8 @@ impl Life {
         format!("pass{number}")
     }
 
-    /// Options for the part of a disk.
-    pub(crate) fn raw_options(&self, number: usize) -> String {
+    /// Options for the part of a disk, or for all of an image.
+    pub(crate) fn part_options(&self, number: usize) -> String {
         let test = &self.test;
         let grain = test.case.grain;
         let cells = test.case.disks[number].bytes / grain;
@@ -200,19 +208,42 @@ impl Life {
             1 => "on",
             _ => "off",
         };
+        let modes = format!(
+            "detect-zeroes={detect},discard={}",
+            if unmap { "unmap" } else { "ignore" }
+        );
+        let disk = &test.case.disks[number];
+        let Some(cluster) = disk.cluster else {
+            return format!(
+                "driver=raw,node-name=part{number},offset={},size={},{modes}",
+                offset * grain,
+                bytes.max(cells / 4).min(cells - offset) * grain,
+            );
+        };
+        // A backing node has to be named in each reopening.
+        let backing = self.control.read(|graph| {
+            let node = graph.node(&format!("part{number}")).ok()?;
+            let backing = graph.backing_of(node.id())?;
+            Some(graph.node_by_id(backing)?.name().to_owned())
+        });
+        let backing = backing.unwrap_or_else(|| format!("base{number}"));
         format!(
-            "driver=raw,node-name=raw{number},offset={},size={},detect-zeroes={detect},discard={}",
-            offset * grain,
-            bytes.max(cells / 4) * grain,
-            if unmap { "unmap" } else { "ignore" },
+            "driver=overlay,node-name=part{number},cluster-size={cluster},size={},backing={backing},\
+             {modes}",
+            disk.bytes
         )
     }
 
-    /// Some node of a disk.
-    pub(crate) fn any_node(&self, disk: usize) -> String {
+    /// Some node that shows a disk, or, with `images`, what an image of it is made of.
+    pub(crate) fn any_node(&self, disk: usize, images: bool) -> String {
         let names: Vec<_> = self.control.read(|graph| {
-            let nodes = graph.nodes().map(|node| (node.name().to_owned(), node.id()));
-            let mine = nodes.filter(|(_, id)| View::of(graph, &self.test.case, *id).disk == disk);
+            let nodes = graph
+                .nodes()
+                .map(|node| (node.name().to_owned(), node.id()));
+            let mine = nodes.filter(|(_, id)| {
+                let view = View::of(graph, &self.test.case, *id);
+                view.disk == disk && (images || !view.image)
+            });
             mine.map(|(name, _)| name).collect()
         });
         names[self.test.below(names.len() as u64) as usize].clone()

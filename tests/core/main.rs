@@ -22,15 +22,22 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::Duration;
 
-use blockcore::engine::sim::{Random, Simulation};
-use harness::history::{Flushed, History};
+use blockcore::driver::WriteFlags;
+use blockcore::engine::sim::{FileProperties, Random, Simulation};
+use blockcore::graph::{Control, Graph, RootSpec};
+use blockcore::io::buffer::Segments;
+use blockcore::options::Options;
+use blockcore::{Error, ErrorKind};
+use harness::history::{self, Flushed, History};
 use harness::{pass, seeds};
 
-use case::Case;
+use case::{Case, DiskCase};
 use life::Life;
 
 /// Seeds tried when nothing is said.
 const DEFAULT_SEEDS: u64 = 1000;
+/// The write that made bases.
+const BASE_TAG: u32 = 1;
 /// Simulated time after which a wait that has not ended is stuck.
 const LIMIT: Duration = Duration::from_secs(600);
 
@@ -120,19 +127,30 @@ impl Test {
         pass::take_misuse();
         let simulation = Rc::new(Simulation::new(case.seed));
         for disk in &case.disks {
-            simulation.create_file(&disk.path, disk.properties.clone(), disk.bytes);
+            simulation.create_file(&disk.path, disk.properties.clone(), disk.file_bytes());
+            if disk.cluster.is_some() {
+                make_base(&simulation, disk)?;
+            }
         }
-        let disks = case.disks.iter().map(|disk| Disk {
-            path: disk.path.clone(),
-            history: RefCell::new(History::new(disk.bytes, case.grain)),
-            lost_syncs: Cell::new(0),
+        simulation.set_faults(case.faults.clone());
+        let disks = case.disks.iter().map(|disk| {
+            let mut history = History::new(disk.bytes, case.grain);
+            if disk.cluster.is_some() {
+                let base = history.begin_write(BASE_TAG, 0, disk.base_bytes);
+                history.end_write(base, history::Outcome::Stable);
+            }
+            Disk {
+                path: disk.path.clone(),
+                history: RefCell::new(history),
+                lost_syncs: Cell::new(0),
+            }
         });
         let test = Rc::new(Self {
             disks: disks.collect(),
             random: RefCell::new(simulation.random()),
             case: case.clone(),
             simulation: Rc::clone(&simulation),
-            next_tag: Cell::new(1),
+            next_tag: Cell::new(BASE_TAG + 1),
             failure: RefCell::default(),
             totals: RefCell::default(),
         });
@@ -186,7 +204,37 @@ impl Test {
     }
 
     fn contents(&self, disk: usize) -> Vec<u8> {
-        let contents = self.simulation.contents(&self.disks[disk].path);
-        contents.expect("nobody removes it")
+        let case = &self.case.disks[disk];
+        let file = self.simulation.contents(&case.path);
+        let base = self.simulation.contents(&case.base_path);
+        let file = file.expect("nobody removes it");
+        case.decode(&file, &base.unwrap_or_default())
     }
+}
+
+/// Writes what is below an image.
+fn make_base(simulation: &Simulation, disk: &DiskCase) -> Result<(), String> {
+    let properties = FileProperties::default();
+    simulation.create_file(&disk.base_path, properties, disk.base_bytes);
+    let worker = simulation.worker();
+    let control = Control::new(Graph::new(formats::drivers()), Rc::clone(worker.context()));
+    let options = format!("driver=file,node-name=base,filename={}", disk.base_path);
+    let data = history::data(BASE_TAG, 0, disk.base_bytes);
+    let made = simulation.run(&worker, LIMIT, async move {
+        let options = Options::parse(&options, None)?;
+        control.add(options).await?;
+        let id = control
+            .add_root("base", RootSpec::writer("the past"))
+            .await?;
+        let root = control.root_here(id)?;
+        let from = Segments::allocate(data.len(), 4096);
+        from.copy_from(&data);
+        let written = root.write(0, from, WriteFlags::STABLE).await;
+        written.map_err(|error| Error::new(ErrorKind::Io, error.to_string()))
+    });
+    made.map_err(|stuck| stuck.to_string())?
+        .map_err(|error| error.report())?;
+    simulation.kill();
+    let landed = simulation.run_until(LIMIT, || simulation.in_flight() == 0);
+    landed.map_err(|stuck| stuck.to_string())
 }

@@ -47,7 +47,7 @@ impl Life {
     pub(crate) fn expect_marks(&self, view: &View, at: u64, bytes: u64) {
         for marks in self.marks.borrow_mut().iter_mut() {
             let mut path = view.path.iter();
-            if let Some((_, base)) = path.find(|(node, _)| *node == marks.node) {
+            if let Some((_, Some(base))) = path.find(|(node, _)| *node == marks.node) {
                 marks.expected.push((at - base, bytes));
             }
         }
@@ -75,7 +75,7 @@ impl Life {
         let count = self.marks.borrow().len();
         if count == 0 || (count < 4 && test.chance(300)) {
             let disk = test.below(test.disks.len() as u64);
-            let node = format!("{}{disk}", ["raw", "file"][test.below(2) as usize]);
+            let node = format!("{}{disk}", ["part", "file"][test.below(2) as usize]);
             let name = self.new_name();
             let granularity = [512, 4096][test.below(2) as usize];
             let added = self.control.change_bitmaps(&node, |bitmaps| {
@@ -119,6 +119,10 @@ impl Life {
     pub(crate) async fn mirror(&self, disk: usize) -> Result<(), String> {
         let mirror = &self.mirrors[disk];
         let node = format!("file{disk}");
+        if self.test.case.disks[disk].cluster.is_some() {
+            // An image's file grows, and its node keeps it for itself.
+            return Ok(());
+        }
         let Some(id) = mirror.root.get() else {
             let spec = RootSpec {
                 shares: blockcore::graph::permission::Permissions::all(),

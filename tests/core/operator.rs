@@ -172,11 +172,11 @@ impl Life {
             return self.remove_filter().await;
         }
         let disk = self.any_disk();
-        let (below, name) = (self.any_node(disk), self.new_name());
+        let images = test.chance(400);
+        let (below, name) = (self.any_node(disk, images), self.new_name());
         let ask = ["on", "off"][test.below(2) as usize];
-        let options = format!(
-            "driver=pass-through,node-name={name},discard=unmap,ask={ask},file={below}"
-        );
+        let options =
+            format!("driver=pass-through,node-name={name},discard=unmap,ask={ask},file={below}");
         let fails = test.chance(150);
         let insert = async |change: &mut Change| {
             let options = Options::parse(&options, None)?;
@@ -197,9 +197,7 @@ impl Life {
 
     fn filters(&self) -> Vec<String> {
         self.control.read(|graph| {
-            let filters = graph
-                .nodes()
-                .filter(|n| n.driver_name() == "pass-through");
+            let filters = graph.nodes().filter(|n| n.driver_name() == "pass-through");
             filters.map(|node| node.name().to_owned()).collect()
         })
     }
@@ -226,11 +224,11 @@ impl Life {
     /// Another part of a disk, or the same with other modes.
     async fn reopen_part(self: &Rc<Self>) -> Result<(), String> {
         let disk = self.any_disk();
-        let options = Options::parse(&self.raw_options(disk), None).expect("well-formed");
+        let options = Options::parse(&self.part_options(disk), None).expect("well-formed");
         let reopen = async |change: &mut Change| change.reopen(vec![options]).await;
         match self.attempt(reopen).await? {
             Outcome::Committed => {
-                self.forget_marks(&format!("raw{disk}"));
+                self.forget_marks(&format!("part{disk}"));
                 self.settle().await;
                 Ok(())
             }
@@ -257,7 +255,9 @@ impl Life {
         if chosen.is_empty() {
             return Ok(());
         }
-        let refuses = test.chance(400).then(|| test.below(chosen.len() as u64) as usize);
+        let refuses = test
+            .chance(400)
+            .then(|| test.below(chosen.len() as u64) as usize);
         let entries: Vec<_> = chosen
             .iter()
             .enumerate()
@@ -272,7 +272,9 @@ impl Life {
             .collect();
         let reopen = async |change: &mut Change| change.reopen(entries).await;
         match self.attempt(reopen).await? {
-            Outcome::Committed if refuses.is_some() => Err("a filter that refuses is reopened".into()),
+            Outcome::Committed if refuses.is_some() => {
+                Err("a filter that refuses is reopened".into())
+            }
             Outcome::Refused(error)
                 if refuses.is_some() && error.kind() == ErrorKind::Unsupported =>
             {
@@ -288,9 +290,10 @@ impl Life {
     async fn replace_child(self: &Rc<Self>) -> Result<(), String> {
         let test = &self.test;
         let disk = self.any_disk();
-        let node = self.any_node(disk);
-        let child = self.any_node(self.any_disk());
-        if node.starts_with("file") {
+        let node = self.any_node(disk, false);
+        let child = self.any_node(self.any_disk(), false);
+        let is_image = node == format!("part{disk}") && test.case.disks[disk].cluster.is_some();
+        if node.starts_with("file") || is_image {
             return Ok(());
         }
         let replace = async |change: &mut Change| {
@@ -347,13 +350,16 @@ impl Life {
         let test = &self.test;
         let all = self.roots.borrow().clone();
         let disk = test.below(test.disks.len() as u64) as usize;
-        let name = self.any_node(disk);
+        let name = self.any_node(disk, test.chance(300));
         let node = |name: &str| self.control.read(|graph| graph.node(name).map(|n| n.id()));
         let id: NodeId = node(&name).expect("just seen");
-        let passing = all.iter().filter(|user| user.view.borrow().passes(&name));
+        let passing = all.iter().filter(|user| user.view.borrow().reaches(&name));
         match test.below(4) {
             0 => (Scope::All, all),
-            1 => (Scope::Nodes(BTreeSet::from([id])), passing.cloned().collect()),
+            1 => (
+                Scope::Nodes(BTreeSet::from([id])),
+                passing.cloned().collect(),
+            ),
             2 => (
                 Scope::Subtrees(BTreeSet::from([id])),
                 passing.cloned().collect(),
@@ -425,10 +431,7 @@ impl Life {
             self.rest(LOOK).await;
         }
         if drained.get() {
-            return Err(format!(
-                "{:?} is drained with a request in flight",
-                one.id
-            ));
+            return Err(format!("{:?} is drained with a request in flight", one.id));
         }
         test.count(|totals| &mut totals.waited_elsewhere);
         drop(release);
@@ -470,7 +473,9 @@ impl Life {
         let Some(writer) = roots.iter().find(|user| user.writes) else {
             return Ok(());
         };
-        let path = writer.view.borrow().path.clone();
+        let mut path = writer.view.borrow().path.clone();
+        // A base is only read.
+        path.retain(|(_, base)| base.is_some());
         let (node, _) = &path[test.below(path.len() as u64) as usize];
         let claim = async |change: &mut Change| {
             let node = change.find(node)?;

@@ -16,8 +16,11 @@ pub(crate) struct View {
     /// Where the part begins in the disk.
     pub(crate) base: u64,
     pub(crate) bytes: u64,
-    /// The nodes that requests pass through, the topmost first, with where each begins in the disk.
-    pub(crate) path: Vec<(String, u64)>,
+    /// What the node shows is not a disk, but an image's file or base.
+    pub(crate) image: bool,
+    /// The nodes that requests can reach, the topmost first, with where each begins in the disk; `None`
+    /// for those that hold an image of it.
+    pub(crate) path: Vec<(String, Option<u64>)>,
     /// No layer ignores discards.
     pub(crate) unmap: bool,
 }
@@ -32,17 +35,35 @@ impl View {
         let unmap = graph.modes(node).unmap;
         let Some(child) = graph.primary_child(node) else {
             let path = found.options().get("filename").unwrap_or_default();
-            let disk = case.disks.iter().position(|disk| disk.path == path);
+            let mut disks = case.disks.iter();
+            let disk = disks.position(|disk| disk.path == path || disk.base_path == path);
             let disk = disk.expect("leaves are disks");
+            let image = case.disks[disk].cluster.is_some();
             return Rc::new(Self {
                 disk,
+                image,
                 base: 0,
                 bytes: case.disks[disk].bytes,
-                path: vec![(name, 0)],
+                path: vec![(name, (!image).then_some(0))],
                 unmap,
             });
         };
         let below = Self::of(graph, case, child);
+        if found.driver_name() == "overlay" {
+            let backing = graph.backing_of(node).expect("given when it was opened");
+            let backing = Self::of(graph, case, backing);
+            let image = below.path.iter().chain(&backing.path);
+            let mut path = vec![(name, Some(0))];
+            path.extend(image.map(|(name, _)| (name.clone(), None)));
+            return Rc::new(Self {
+                disk: below.disk,
+                image: false,
+                base: 0,
+                bytes: case.disks[below.disk].bytes,
+                path,
+                unmap,
+            });
+        }
         let number = |option: &str| {
             let text = found.options().get(option)?;
             text.parse::<u64>().ok()
@@ -50,10 +71,11 @@ impl View {
         let offset = number("offset").unwrap_or(0);
         let room = below.bytes.saturating_sub(offset);
         let base = below.base + offset;
-        let mut path = vec![(name, base)];
+        let mut path = vec![(name, (!below.image).then_some(base))];
         path.extend(below.path.iter().cloned());
         Rc::new(Self {
             disk: below.disk,
+            image: below.image,
             base,
             bytes: number("size").map_or(room, |bytes| bytes.min(room)),
             path,
@@ -61,8 +83,8 @@ impl View {
         })
     }
 
-    /// Whether requests pass through the node called `name`.
-    pub(crate) fn passes(&self, name: &str) -> bool {
+    /// Whether requests can reach the node called `name`.
+    pub(crate) fn reaches(&self, name: &str) -> bool {
         self.path.iter().any(|(node, _)| node == name)
     }
 }

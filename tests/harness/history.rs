@@ -52,6 +52,13 @@ pub struct Write {
     begun: u32,
 }
 
+impl Write {
+    /// When it began.
+    pub fn begun(&self) -> u32 {
+        self.begun
+    }
+}
+
 /// How a write ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
@@ -158,6 +165,11 @@ impl History {
         }
     }
 
+    /// When the latest event was.
+    pub fn now(&self) -> u32 {
+        self.time
+    }
+
     /// A write has ended.
     pub fn end_write(&mut self, write: Write, outcome: Outcome) {
         let now = self.tick();
@@ -210,15 +222,13 @@ impl History {
         })
     }
 
-    /// Whether a range reads as zeroes whenever it is read, with no write to it under way.
-    pub fn is_zero(&self, offset: u64, bytes: u64) -> bool {
+    /// Whether no write to a range was under way at any time since `begun`, but the one that ended at
+    /// `ended`.
+    pub fn is_untouched(&self, offset: u64, bytes: u64, begun: u32, ended: u32) -> bool {
         let mut cells = self.range(offset, bytes);
         cells.all(|cell| {
             let mut versions = self.cells[cell].iter();
-            versions.all(|version| {
-                let seen = version.replaced == u32::MAX;
-                version.ended != u32::MAX && (!seen || version.tag == 0)
-            })
+            versions.all(|version| version.ended < begun || version.ended == ended)
         })
     }
 

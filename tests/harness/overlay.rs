@@ -86,6 +86,8 @@ pub fn drivers() -> Vec<&'static DriverType> {
 const MAGIC: &[u8; 8] = b"overlay\x01";
 /// The header, with room for a backing name.
 const HEADER_BYTES: u64 = 4096;
+/// Where the map begins: a byte for each cluster; 0 for what the backing node decides, 1 for data.
+pub const MAP_OFFSET: u64 = HEADER_BYTES;
 /// Longest name of a backing image, and of its format.
 const MAX_NAME_BYTES: usize = 1024;
 /// Clusters that the map has room for.
