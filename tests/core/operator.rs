@@ -90,7 +90,7 @@ impl Life {
         let test = &self.test;
         let mut change = self.control.begin().await;
         let roots: Vec<_> = self.roots.borrow().iter().map(|user| user.id).collect();
-        let look = || (dump(&self.control, &roots), self.locks());
+        let look = || (dump(&self.control, &test.case, &roots), self.locks());
         let before = look();
         let refused = match build(&mut change).await {
             Err(error) => {

@@ -90,16 +90,18 @@ impl View {
 }
 
 /// Everything that a change which is given up must leave as it was.
-pub(crate) fn dump(control: &Control, roots: &[RootId]) -> BTreeMap<String, String> {
+pub(crate) fn dump(control: &Control, case: &Case, roots: &[RootId]) -> BTreeMap<String, String> {
     control.read(|graph| {
         let mut dump = BTreeMap::new();
         for node in graph.nodes() {
+            // The file of an image grows when it likes.
+            let grows = View::of(graph, case, node.id()).image;
             let mut line = format!(
-                "{} {:?} {:?} {} bytes {:?} half {:p}",
+                "{} {:?} {:?} {:?} bytes {:?} half {:p}",
                 node.driver_name(),
                 node.options(),
                 graph.modes(node.id()),
-                node.bytes(),
+                (!grows).then(|| node.bytes()),
                 node.limits(),
                 Arc::as_ptr(node.io()),
             );
