@@ -197,6 +197,7 @@ use crate::Error;
 use crate::engine::OpenFile;
 use crate::io::{IoContext, Modes, Root};
 use crate::options::{OptionSpec, Options};
+use crate::throttle::Groups;
 
 /// What kind of node a driver makes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -343,6 +344,8 @@ pub struct OpenRequest {
     pub children: Vec<Option<OpenChild>>,
     /// An open file to use instead of opening one by name.
     pub file: Option<Arc<OpenFile>>,
+    /// Where throttle groups are found.
+    pub throttle_groups: Groups,
 }
 
 /// Common options that decide how a driver opens.

@@ -451,6 +451,7 @@ impl Change {
             modes,
             children: self.open_children_of(id),
             file,
+            throttle_groups: self.control().throttle_groups().clone(),
         })
         .await?;
         let notices = Arc::clone(&self.control().notices);

@@ -1,0 +1,12 @@
+//! Filters: nodes that pass data through unchanged, and do something about it.
+//!
+//! Each module is a driver; [`drivers`] lists them for whoever builds a graph.
+
+pub mod throttle;
+
+use crate::driver::DriverType;
+
+/// Every filter, for registration.
+pub fn drivers() -> Vec<&'static DriverType> {
+    vec![&throttle::THROTTLE]
+}
