@@ -19,6 +19,8 @@ mod operator;
 mod view;
 
 use std::cell::{Cell, RefCell};
+use std::fs;
+use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -35,7 +37,7 @@ use case::{Case, DiskCase};
 use life::Life;
 
 /// Seeds tried when nothing is said.
-const DEFAULT_SEEDS: u64 = 1000;
+const DEFAULT_SEEDS: u64 = 2000;
 /// The write that made bases.
 const BASE_TAG: u32 = 1;
 /// Simulated time after which a wait that has not ended is stuck.
@@ -46,6 +48,29 @@ fn graphs_change_under_requests_and_disks_hold_only_what_their_histories_allow()
     if let Some(totals) = seeds::try_all(DEFAULT_SEEDS, try_seed) {
         totals.check();
     }
+}
+
+#[test]
+fn no_crate_but_the_tests_has_planted_faults_built() {
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent();
+    let workspace = workspace.expect("the tests are in a workspace");
+    let crates = fs::read_dir(workspace).expect("it can be read");
+    let mut naming = Vec::new();
+    for found in crates {
+        let found = found.expect("it can be read").path();
+        let Ok(manifest) = fs::read_to_string(found.join("Cargo.toml")) else {
+            continue;
+        };
+        let naming_it = manifest.lines().filter(|line| line.contains("planted-faults"));
+        naming.extend(naming_it.map(str::to_owned));
+    }
+    naming.sort();
+    let expected = [
+        // The block layer has it, and does not enable it; the tests may.
+        "planted-faults = []",
+        "planted-faults = [\"blockcore/planted-faults\"]",
+    ];
+    assert_eq!(naming, expected);
 }
 
 /// Runs a seed; a failure says how to have it again.
