@@ -135,7 +135,14 @@ impl<'a> Io<'a> {
     /// A parent that holds data in this node may read past its end and, with the right to resize, write
     /// there.
     fn is_growable(self) -> bool {
-        self.node().kind == DriverKind::Protocol && self.index != 0
+        if self.index == 0 {
+            return false;
+        }
+        match self.filtered() {
+            // A filter grows with what it filters.
+            Some(child) => child.is_growable(),
+            None => self.node().kind == DriverKind::Protocol,
+        }
     }
 
     pub(super) fn check(self, offset: u64, bytes: u64) -> Result<(), IoError> {
