@@ -410,6 +410,7 @@ impl Change {
             modes,
             children: self.open_children_of(id),
             file,
+            find_bitmap: self.control().find_bitmap(),
         })
         .await?;
         let notices = Arc::clone(&self.control().notices);

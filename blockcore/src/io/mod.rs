@@ -40,7 +40,7 @@ mod zero;
 use futures_util::future::LocalBoxFuture;
 
 pub use self::context::{ContextHandle, IoContext};
-pub use self::layer::Io;
+pub use self::layer::{Fork, Io};
 pub use self::plan::{Modes, Plan};
 pub(crate) use self::plan::{PlanChild, PlanNode};
 pub use self::root::{InFlight, Request, RequestKind, Root};
