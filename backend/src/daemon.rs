@@ -18,21 +18,24 @@ use std::time::Duration;
 
 use blockcore::driver::DriverType;
 use blockcore::engine::{self, Event, WatchId};
-use blockcore::graph::{Control, Graph, RootUser};
+use blockcore::graph::{Control, ExportState, Graph, RootUser};
 use blockcore::io::IoContext;
 use blockcore::mailbox::Mailbox;
 use blockcore::options::Options;
 use blockcore::{Error, ErrorKind};
 
 use crate::config::{ExportConfig, ProcessConfig};
-use crate::export::{Export, WorkerHandle};
+use crate::export::{Export, RootSide, WorkerHandle};
 use crate::signals::Signals;
 use crate::vhost_user::listener::{Server, Socket};
 use crate::vhost_user::session::BackendChannel;
-use crate::worker::{Command, DeviceId, Worker};
+use crate::worker::{Command, DeviceId, HeldRequest, HoldEvent, Notice, Worker};
 
 /// How often the end of a connection thread is looked for while stopping.
 const STOP_LOOK: Duration = Duration::from_millis(2);
+
+/// What follows a socket's path in that of its export's state file.
+const STATE_SUFFIX: &str = ".state";
 
 /// Something for the control thread to do.
 type Call = Box<dyn FnOnce(&Rc<Daemon>) + Send>;
@@ -86,6 +89,16 @@ impl ControlHandle {
             Some(change(export).await)
         })
         .flatten()
+    }
+
+    /// Tries an export's held requests again; `None` if there is no such export.
+    pub fn resume(&self, id: &str) -> Option<()> {
+        self.queue(id, |export| async move { export.resume().await })
+    }
+
+    /// An export's held requests; `None` if there is no such export.
+    pub fn held(&self, id: &str) -> Option<Vec<HeldRequest>> {
+        self.queue(id, |export| async move { export.held().await })
     }
 
     /// Sets the way to tell an export's front-end of changes.
@@ -153,12 +166,12 @@ pub struct Daemon {
     process: ProcessConfig,
     control: Control,
     calls: Arc<Mailbox<Call>>,
+    /// What workers have to say of held requests.
+    notices: Arc<Mailbox<Notice>>,
     /// No call is taken any more.
     ended: Arc<AtomicBool>,
     workers: RefCell<Vec<WorkerThread>>,
     exports: RefCell<BTreeMap<String, ExportEntry>>,
-    /// Nodes that were opened by name, in order.
-    opened: RefCell<Vec<String>>,
     next_device: Cell<u32>,
     next_worker: Cell<usize>,
     quitting: Cell<bool>,
@@ -176,14 +189,15 @@ impl Daemon {
     ) -> Result<Rc<Self>, Error> {
         let context = IoContext::new(engine::make(process.engine)?);
         let calls = Mailbox::new(Arc::clone(context.engine().sleeper()));
+        let notices = Mailbox::new(Arc::clone(context.engine().sleeper()));
         Ok(Rc::new(Self {
             process,
             control: Control::new(Graph::new(drivers), context),
             calls,
+            notices,
             ended: Arc::default(),
             workers: RefCell::default(),
             exports: RefCell::default(),
-            opened: RefCell::default(),
             next_device: Cell::new(0),
             next_worker: Cell::new(0),
             quitting: Cell::new(false),
@@ -231,14 +245,7 @@ impl Daemon {
     /// What is wrong with the description or could not be opened; nothing is left open.
     pub fn add_node(self: &Rc<Self>, options: Options) -> Result<(), Error> {
         let daemon = Rc::clone(self);
-        self.block_on(async move {
-            let node = daemon.control.add(options).await?;
-            let name = daemon
-                .control
-                .read(|graph| graph.node_by_id(node).map(|node| node.name().to_owned()));
-            daemon.opened.borrow_mut().extend(name);
-            Ok(())
-        })
+        self.block_on(async move { daemon.control.add(options).await.map(drop) })
     }
 
     /// Starts workers for exports with up to so many queues, unless there are workers.
@@ -263,7 +270,7 @@ impl Daemon {
     /// # Errors
     ///
     /// What is wrong with the export, its node or its socket; nothing is left of it.
-    pub fn add_export(&self, config: ExportConfig) -> Result<(), Error> {
+    pub fn add_export(&self, mut config: ExportConfig) -> Result<(), Error> {
         let id = config.id.clone();
         if self.exports.borrow().contains_key(&id) {
             return Err(Error::new(
@@ -288,9 +295,19 @@ impl Daemon {
             id: id.clone(),
             handle: self.handle(),
         });
-        let control = self.control.clone();
+        let (control, notices) = (self.control.clone(), Arc::clone(&self.notices));
+        let discard = self.process.discard_state;
         let export = self.block_on(async move {
-            Export::new(config, device, &control, workers, first, Some(user)).await
+            let mut state_path = config.socket.clone().into_os_string();
+            state_path.push(STATE_SUFFIX);
+            let state =
+                ExportState::open(&control, Path::new(&state_path), &config.id, discard).await?;
+            config.node = control.recorded_node(&state, &config.node).await?;
+            let root = RootSide {
+                user: Some(user),
+                state: Some(state),
+            };
+            Export::new(config, device, &control, workers, first, root, notices).await
         })?;
         let server =
             Socket::bind(&path).and_then(|socket| Server::start(socket, &id, self.handle()));
@@ -371,12 +388,16 @@ impl Daemon {
             tracing::info!(?notice, "a worker has something to say");
             busy = true;
         }
+        let mut held = Vec::new();
+        self.notices.take(&mut held);
+        busy |= !held.is_empty();
+        held.iter().for_each(say);
         busy |= context.turn(&mut events);
         if !busy && events.is_empty() {
-            let calls = &self.calls;
+            let (calls, notices) = (&self.calls, &self.notices);
             let control = &self.control;
             context.sleep(&mut events, limit, || {
-                calls.is_empty() && !control.has_notices()
+                calls.is_empty() && notices.is_empty() && !control.has_notices()
             });
         }
         for event in events {
@@ -416,9 +437,8 @@ impl Daemon {
         for worker in self.workers.take() {
             let _ = worker.thread.join();
         }
-        for name in self.opened.take().into_iter().rev() {
-            outcome = outcome.and(self.close_node(&name));
-        }
+        let control = self.control.clone();
+        outcome = outcome.and(self.block_on(async move { control.close_all().await }));
         self.ended.store(true, Ordering::SeqCst);
         // Orders the end before the last look; pairs with the fence in posting.
         fence(Ordering::SeqCst);
@@ -439,14 +459,26 @@ impl Daemon {
             )
         })
     }
+}
 
-    fn close_node(&self, name: &str) -> Result<(), Error> {
-        let (control, name) = (self.control.clone(), name.to_owned());
-        match self.block_on(async move { control.remove(&name).await }) {
-            // Gone with its parent.
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-            closed => closed,
-        }
+/// Tells whoever reads the log what happens to a request that failed.
+fn say(notice: &Notice) {
+    let Notice {
+        export,
+        event,
+        operation,
+        no_space,
+        message,
+    } = notice;
+    match event {
+        HoldEvent::Held => tracing::warn!(
+            %export, %operation, no_space, error = message,
+            "a request failed and is held until it is resumed"
+        ),
+        HoldEvent::GivenUp => tracing::warn!(
+            %export, %operation, no_space, error = message,
+            "a held request was completed with its failure, as its queue was stopped"
+        ),
     }
 }
 

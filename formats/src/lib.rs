@@ -12,5 +12,11 @@ use blockcore::driver::DriverType;
 
 /// Every driver, for registration.
 pub fn drivers() -> Vec<&'static DriverType> {
-    vec![&file::FILE, &file::HOST_DEVICE, &raw::RAW, &null::NULL_CO]
+    vec![
+        &file::FILE,
+        &file::HOST_DEVICE,
+        &raw::RAW,
+        &null::NULL_CO,
+        &null::NULL_AIO,
+    ]
 }

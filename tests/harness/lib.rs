@@ -9,5 +9,6 @@ pub mod host;
 pub mod libblkio;
 pub mod load;
 pub mod model;
+pub mod overlay;
 pub mod peer;
 pub mod random;

@@ -72,6 +72,12 @@ pub(super) fn call(call: HostCall) -> Result<HostReply, Errno> {
             let directory = rustix::fs::open(&path, flags, Mode::empty())?;
             retry(|| rustix::fs::fsync(&directory)).map(done)
         }
+        HostCall::Canonical(path) => match std::fs::canonicalize(&path) {
+            Ok(path) => Ok(HostReply::Path(path)),
+            Err(error) => Err(error
+                .raw_os_error()
+                .map_or(Errno::IO, Errno::from_raw_os_error)),
+        },
         HostCall::DataExtent(file, offset) => {
             data_extent(fd(&file)?, offset).map(HostReply::Extent)
         }

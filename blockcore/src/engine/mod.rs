@@ -418,6 +418,8 @@ pub enum HostCall {
     SetNocow(Arc<OpenFile>),
     /// Ask the file system to allocate in units of so many bytes.
     SetExtentSizeHint(Arc<OpenFile>, u32),
+    /// The path without links, `.` and `..`. Answered by [`HostReply::Path`].
+    Canonical(PathBuf),
     /// Remove a file.
     Remove(PathBuf),
     /// Give the file with the first path the second, in place of what has it, at once for everybody who
@@ -455,6 +457,8 @@ pub enum HostReply {
     Metadata(Box<Metadata>),
     /// Where data begins and ends; `None` if only holes follow.
     Extent(Option<(u64, u64)>),
+    /// A path.
+    Path(PathBuf),
     /// How many bytes were copied; zero at the end of the source.
     Copied(u64),
 }

@@ -16,7 +16,9 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use super::compile::View;
+use super::node::DriverCell;
 use super::permission::{self, Permissions};
+use super::recording::{self, NewStates, Written};
 use super::reopen::Reopening;
 use super::roots::{RootRecord, RootSpec, RootUser};
 use super::shape::{Cumulative, Edge, Parent, Shape};
@@ -33,6 +35,8 @@ pub struct Change {
     control: Control,
     /// `None` once it is committed or given up.
     state: Option<Box<State>>,
+    /// How many backing images are being opened because a header asks for them.
+    pub(super) chain_depth: usize,
 }
 
 pub(super) struct State {
@@ -42,11 +46,16 @@ pub(super) struct State {
     /// The order in which they were opened: children first.
     opened: Vec<NodeId>,
     new_roots: BTreeMap<RootId, Option<Rc<dyn RootUser>>>,
+    pub(super) new_states: NewStates,
+    /// What was written into state files for this change.
+    pub(super) written: Vec<Written>,
     units: BTreeMap<RootId, u32>,
     removed: Vec<NodeId>,
     /// I/O halves from the commit on.
     pub(super) replaced: BTreeMap<NodeId, Arc<dyn DriverIo>>,
     pub(super) reopened: Vec<Reopening>,
+    /// Handed over by this change, in that order.
+    pub(super) inactivated: Vec<NodeId>,
     /// What drivers have been asked to be ready for.
     permissions: BTreeMap<NodeId, Cumulative>,
     pub(super) drained: Vec<Drained>,
@@ -84,15 +93,19 @@ impl Control {
         let (shape, units) = self.read(|graph| (graph.shape.clone(), graph.units.clone()));
         Change {
             control: self.clone(),
+            chain_depth: 0,
             state: Some(Box::new(State {
                 shape,
                 nodes: BTreeMap::new(),
                 opened: Vec::new(),
                 new_roots: BTreeMap::new(),
+                new_states: NewStates::new(),
+                written: Vec::new(),
                 units,
                 removed: Vec::new(),
                 replaced: BTreeMap::new(),
                 reopened: Vec::new(),
+                inactivated: Vec::new(),
                 permissions: BTreeMap::new(),
                 drained: Vec::new(),
                 turn,
@@ -108,6 +121,7 @@ impl State {
             nodes: [&self.nodes, &graph.nodes],
             replaced: &self.replaced,
             units: &self.units,
+            types: &graph.types,
             limits: RefCell::default(),
         })
     }
@@ -144,6 +158,15 @@ impl Change {
             .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("there is no node '{name}'")))
     }
 
+    pub(super) fn driver_of(&self, id: NodeId) -> DriverCell {
+        self.control.read(|graph| {
+            let node = self.state().node(graph, id);
+            node.expect("every vertex of a shape has a node")
+                .driver
+                .clone()
+        })
+    }
+
     pub(super) fn next_edge(&self) -> EdgeId {
         EdgeId(self.control.read(Graph::next_id))
     }
@@ -159,6 +182,9 @@ impl Change {
         let state = self.state_mut();
         state.units.insert(id, spec.unit_bytes.max(1));
         state.new_roots.insert(id, spec.user);
+        if let Some(recorded) = spec.state {
+            state.new_states.insert(id, recorded);
+        }
         state.shape.attach(
             edge,
             Edge {
@@ -437,6 +463,19 @@ impl Change {
     ///
     /// Who does not allow what, or what a driver could not do. Everything is as it was.
     pub async fn prepare(mut self) -> Result<Prepared, Error> {
+        match self.get_ready().await {
+            Ok(plans) => Ok(Prepared {
+                change: self,
+                plans,
+            }),
+            Err(error) => {
+                self.abort().await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn get_ready(&mut self) -> Result<BTreeMap<RootId, Arc<Plan>>, Error> {
         self.prepare_permissions().await?;
         let plans = self.compile();
         let moved = self.control.read(|graph| {
@@ -449,10 +488,9 @@ impl Change {
         if !moved.is_empty() && !fault::is_planted(Fault::PlanWithoutDrain) {
             self.drain(Scope::Roots(moved)).await;
         }
-        Ok(Prepared {
-            change: self,
-            plans,
-        })
+        // Last: the roots stand still, so the old tree and the new one read the same.
+        self.record().await?;
+        Ok(plans)
     }
 
     /// The plan of every root, as it will be.
@@ -489,6 +527,7 @@ impl Drop for Change {
 }
 
 async fn abort(control: &Control, mut state: Box<State>) {
+    recording::undo(control, std::mem::take(&mut state.written)).await;
     for reopening in state.reopened.drain(..).rev() {
         if !fault::is_planted(Fault::ReopenAbort) {
             reopening.driver.take().reopen_abort();
@@ -501,6 +540,9 @@ async fn abort(control: &Control, mut state: Box<State>) {
         }
     }
     state.replaced.clear();
+    for id in std::mem::take(&mut state.inactivated).into_iter().rev() {
+        take_back(control, id).await;
+    }
     // The topmost first: what it holds back goes through those below.
     while let Some(id) = state.opened.pop() {
         let plan = control.read(|graph| {
@@ -517,6 +559,22 @@ async fn abort(control: &Control, mut state: Box<State>) {
             tracing::warn!(error = %error.report(), node = %node.name, "while closing again");
         }
         state.nodes.remove(&id);
+    }
+}
+
+/// Takes back a node that a change has handed over and that is given up. Its image was locked all the
+/// time.
+async fn take_back(control: &Control, id: NodeId) {
+    let found = control.read(|graph| {
+        let node = graph.nodes.get(&id)?;
+        let plan = graph.view().plan(id, Permissions::all(), &BTreeSet::new());
+        Some((node.driver.clone(), plan))
+    });
+    let Some((driver, plan)) = found else { return };
+    let root = Root::new(RootId(0), Rc::clone(&control.context), plan, false);
+    let activated = driver.take().activate(root).await;
+    if let Err(error) = activated {
+        tracing::error!(error = %error.report(), "a node that was to be inactive is neither");
     }
 }
 
@@ -602,7 +660,13 @@ impl Graph {
         }
         self.units = std::mem::take(&mut state.units);
         let resized = self.update_nodes();
+        let new_states = std::mem::take(&mut state.new_states);
         self.update_roots(std::mem::take(&mut state.new_roots), plans);
+        for (id, recorded) in new_states {
+            if let Some(root) = self.roots.get_mut(&id) {
+                root.state = Some(recorded);
+            }
+        }
         Left {
             shape: before,
             nodes: gone,
@@ -649,6 +713,7 @@ impl Graph {
                         plan,
                         contexts: Vec::new(),
                         user,
+                        state: None,
                     },
                 );
                 continue;
@@ -721,6 +786,7 @@ async fn finish(control: Control, mut rest: Box<Rest>) -> Result<(), Error> {
                 nodes: [&rest.nodes, &graph.nodes],
                 replaced: &BTreeMap::new(),
                 units: &BTreeMap::new(),
+                types: &graph.types,
                 limits: RefCell::default(),
             };
             // Nodes that this change both opened and took out were in no shape before.

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use super::permission::Permissions;
 use super::shape::Shape;
 use super::{Node, NodeId, RootId};
-use crate::driver::{DriverIo, DriverKind, Limits};
-use crate::io::{Modes, Plan, PlanChild, PlanNode};
+use crate::driver::{DriverIo, DriverKind, DriverType, Limits, PROBE_BYTES};
+use crate::io::{HeaderGuard, Modes, Plan, PlanChild, PlanNode};
 
 /// The graph as it is, or as it will be when a change is committed.
 pub(super) struct View<'a> {
@@ -20,6 +20,8 @@ pub(super) struct View<'a> {
     pub(super) replaced: &'a BTreeMap<NodeId, Arc<dyn DriverIo>>,
     /// In what units requests of each root come.
     pub(super) units: &'a BTreeMap<RootId, u32>,
+    /// Every registered driver.
+    pub(super) types: &'a [&'static DriverType],
     pub(super) limits: RefCell<BTreeMap<NodeId, Limits>>,
 }
 
@@ -45,7 +47,11 @@ impl View<'_> {
                 Some(self.limits(edge.child))
             })
             .collect();
-        let limits = self.node(id).driver.take().limits(&children);
+        let mut limits = self.node(id).driver.take().limits(&children);
+        if self.shape.vertex(id).probed {
+            // What the guard of the first bytes looks at comes whole.
+            limits.request_alignment = limits.request_alignment.max(PROBE_BYTES as u32);
+        }
         self.limits.borrow_mut().insert(id, limits);
         limits
     }
@@ -105,6 +111,9 @@ impl View<'_> {
             children: Vec::new(),
             granted,
             tracked: tracked.contains(&id),
+            guard: vertex
+                .probed
+                .then(|| HeaderGuard::new(vertex.kind, self.types)),
             bitmaps: node
                 .bitmaps
                 .iter()

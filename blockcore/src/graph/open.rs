@@ -126,6 +126,30 @@ impl Control {
         change.prepare().await?.commit().finish().await
     }
 
+    /// Closes every node that was added and that nobody uses, with those below.
+    ///
+    /// # Errors
+    ///
+    /// The first node's that could not write back what it held; the others are closed all the same.
+    pub async fn close_all(&self) -> Result<(), Error> {
+        let mut outcome = Ok(());
+        loop {
+            let unused = self.read(|graph| {
+                let mut nodes = graph.shape.nodes();
+                let unused = nodes
+                    .find(|(id, vertex)| vertex.owned && graph.shape.parents(*id).next().is_none());
+                unused.map(|(_, vertex)| vertex.name.to_string())
+            });
+            let Some(name) = unused else { return outcome };
+            let closed = self.remove(&name).await;
+            if self.read(|graph| graph.node(&name).is_ok()) {
+                // It would be found again for ever.
+                return outcome.and(closed);
+            }
+            outcome = outcome.and(closed);
+        }
+    }
+
     /// A name that no operator's node can have.
     pub(super) fn make_name(&self) -> String {
         let number = self.next_name.get();
@@ -281,6 +305,12 @@ impl Change {
             let kind = self.control().read(|graph| graph.driver_type(&driver))?;
             let name = self.name_for(&mut options)?;
             let modes = modes_of(&options, inherited, &name)?;
+            let backing_is_said = kind.children.iter().any(|spec| {
+                let nested = format!("{}.", spec.name);
+                let mut keys = options.iter().map(|(key, _)| key);
+                spec.role.contains(Role::COW)
+                    && keys.any(|key| key == spec.name || key.starts_with(&nested))
+            });
             let children = self
                 .open_children(kind, &name, &mut options, modes, file.clone())
                 .await?;
@@ -291,6 +321,10 @@ impl Change {
             self.prepare_permissions().await?;
             let file = file.filter(|_| kind.kind == DriverKind::Protocol);
             self.open_driver(id, kind, options, modes, file).await?;
+            let backing = self.state().nodes[&id].backing.clone();
+            if let Some(backing) = backing.filter(|_| !backing_is_said) {
+                self.open_backing(id, modes, backing).await?;
+            }
             Ok(id)
         }
         .boxed_local()
@@ -312,13 +346,18 @@ impl Change {
                  digits, '-', '.' and '_', and has at most 31 of them"
             )));
         }
-        if self.find(&name).is_ok() {
-            return Err(Error::new(
+        self.check_free(&name)?;
+        Ok(name)
+    }
+
+    fn check_free(&self, name: &str) -> Result<(), Error> {
+        match self.find(name) {
+            Err(_) => Ok(()),
+            Ok(_) => Err(Error::new(
                 ErrorKind::Exists,
                 format!("there is a node '{name}' already"),
-            ));
+            )),
         }
-        Ok(name)
     }
 
     async fn open_children(
@@ -365,6 +404,8 @@ impl Change {
         options: &Options,
         children: &BTreeMap<usize, NodeId>,
     ) -> Result<NodeId, Error> {
+        // Again: one of the children may have taken it.
+        self.check_free(name)?;
         let id = NodeId(self.control().read(super::Graph::next_id));
         let vertex = Vertex::new(name.into(), kind, modes);
         self.state_mut().shape.add_node(id, vertex);

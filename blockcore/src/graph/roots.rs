@@ -7,7 +7,7 @@ use std::sync::Arc;
 use futures_channel::oneshot;
 
 use super::permission::Permissions;
-use super::{Control, NodeId, RootId};
+use super::{Control, ExportState, NodeId, RootId};
 use crate::driver::Role;
 use crate::io::{ContextHandle, Plan, Root};
 use crate::{Error, ErrorKind};
@@ -28,6 +28,8 @@ pub struct RootSpec {
     pub stays: bool,
     /// Who is told what happens to the node.
     pub user: Option<Rc<dyn RootUser>>,
+    /// Where the tree below is recorded before it changes; `None`: nowhere.
+    pub state: Option<Rc<ExportState>>,
 }
 
 /// What a root's user is told. Called on the control thread, outside of any change.
@@ -48,6 +50,7 @@ impl RootSpec {
             unit_bytes: 1,
             stays: false,
             user: None,
+            state: None,
         }
     }
 
@@ -79,6 +82,7 @@ pub(super) struct RootRecord {
     /// Where it is attached.
     pub(super) contexts: Vec<ContextHandle>,
     pub(super) user: Option<Rc<dyn RootUser>>,
+    pub(super) state: Option<Rc<ExportState>>,
 }
 
 impl Control {

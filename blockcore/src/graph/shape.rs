@@ -29,6 +29,8 @@ pub(crate) struct Vertex {
     pub(crate) modes: OpenModes,
     /// Inserted by the core itself, and hidden from those who ask for the operator's graph.
     pub(crate) implicit: bool,
+    /// Its format was guessed.
+    pub(crate) probed: bool,
     /// The operator holds it by name: it stays when nobody uses it.
     pub(crate) owned: bool,
     /// By the driver's index.
@@ -43,6 +45,7 @@ impl Vertex {
             kind,
             modes,
             implicit: false,
+            probed: false,
             owned: false,
             children: vec![None; kind.children.len()],
             parents: Vec::new(),

@@ -84,14 +84,15 @@ impl<'a> Io<'a> {
         let mut held = Held::new();
         let mut layer = self;
         loop {
-            if !align::is_aligned(offset, bytes, layer.unit()) {
+            let guarded = write && layer.node().guard.is_some();
+            if guarded || !align::is_aligned(offset, bytes, layer.unit()) {
                 return Err(IoError::Unsupported);
             }
             match write {
                 true => layer.check_write(offset, bytes)?,
                 false => layer.check(offset, bytes)?,
             }
-            let turn = layer.track(offset, bytes, write).await;
+            let turn = layer.track(offset, bytes, false).await;
             let marks = write.then(|| layer.changes(offset, bytes));
             held.push((turn, marks));
             let node = layer.node();

@@ -93,6 +93,9 @@ impl Io<'_> {
     /// data or metadata are flushed, or the one that a filter passes through. A backing node never is.
     pub async fn flush(self) -> Result<(), IoError> {
         let node = self.node();
+        if node.modes.read_only {
+            return Ok(());
+        }
         let Some(covers) = node.state.generation.begin() else {
             return Ok(());
         };

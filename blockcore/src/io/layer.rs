@@ -172,7 +172,8 @@ impl<'a> Io<'a> {
     }
 
     pub(super) fn check_write(self, offset: u64, bytes: u64) -> Result<(), IoError> {
-        if self.modes().read_only {
+        let may_write = Permissions::WRITE | Permissions::WRITE_UNCHANGED;
+        if self.modes().read_only || !self.node().granted.intersects(may_write) {
             return Err(IoError::ReadOnly);
         }
         if self.is_growable() && self.node().granted.contains(Permissions::RESIZE) {
@@ -339,6 +340,14 @@ impl<'a> Io<'a> {
             .await
     }
 
+    /// What is written, with the part that the guard looks at in memory of our own.
+    fn guarded(self, offset: u64, from: Segments) -> Result<Segments, IoError> {
+        match &self.node().guard {
+            Some(guard) => guard.check(offset, from),
+            None => Ok(from),
+        }
+    }
+
     fn try_track(self, offset: u64, bytes: u64) -> Result<Tracked<'a>, IoError> {
         let unit = self.unit();
         let (begin, end) = (align::down(offset, unit), align::up(offset + bytes, unit));
@@ -381,6 +390,11 @@ impl<'a> Io<'a> {
         let memory = node.limits.memory_alignment as usize;
         let flags = flags & node.io.write_flags();
         self.event("pwritev").await?;
+        let from = match align::is_aligned(offset, bytes, unit) {
+            true => self.guarded(offset, from)?,
+            // Looked at when the rest of its unit is there.
+            false => from,
+        };
         if align::is_aligned(offset, bytes, unit) && from.is_aligned(memory) {
             if bytes <= self.max_transfer() {
                 node.io.write(self, offset, from, flags).await?;
@@ -402,6 +416,7 @@ impl<'a> Io<'a> {
             bounce
                 .slice(piece - begin, piece_bytes)
                 .copy_from_segments(&from.slice(piece - offset, piece_bytes));
+            let bounce = self.guarded(begin, bounce)?;
             node.io.write(self, begin, bounce, flags).await?;
         }
         self.event("pwritev_done").await

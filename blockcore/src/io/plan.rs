@@ -8,8 +8,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::IoContext;
 use super::align;
+use super::{HeaderGuard, IoContext};
 use crate::dirty_bitmap::Bits;
 use crate::driver::{DetectZeroes, DriverIo, DriverKind, Limits, Mapping, Role, SnapshotIo};
 use crate::engine::FileId;
@@ -37,6 +37,8 @@ pub(crate) struct PlanNode {
     pub(crate) granted: Permissions,
     /// Requests register: one of them may have to keep others off its bytes.
     pub(crate) tracked: bool,
+    /// Keeps the first bytes from looking like another format's: the node's was guessed.
+    pub(crate) guard: Option<HeaderGuard>,
     /// Set after every change of the node's bytes.
     pub(crate) bitmaps: Vec<Arc<Bits>>,
 }
@@ -88,14 +90,19 @@ impl Plan {
         };
         let untracked = nodes.iter().all(|node| !node.tracked);
         let writes = |node: &PlanNode| {
-            node.modes.detect_zeroes == DetectZeroes::Off && node.bitmaps.is_empty()
+            node.modes.detect_zeroes == DetectZeroes::Off
+                && node.bitmaps.is_empty()
+                && node.guard.is_none()
         };
         let fast = Fast {
             alignment: u64::from(all(|limits| limits.request_alignment)),
             memory_alignment: all(|limits| limits.memory_alignment) as usize,
             max_bytes: nodes.iter().map(longest).min().unwrap_or(u64::MAX),
             reads: untracked,
-            writes: untracked && !nodes[0].modes.read_only && nodes.iter().all(writes),
+            writes: untracked
+                && !nodes[0].modes.read_only
+                && nodes[0].granted.contains(Permissions::WRITE)
+                && nodes.iter().all(writes),
         };
         Arc::new(Self { nodes, fast })
     }
@@ -110,6 +117,7 @@ impl Plan {
                     && (one.limits, one.modes, one.tracked, one.granted)
                         == (other.limits, other.modes, other.tracked, other.granted)
                     && one.children == other.children
+                    && one.guard.is_some() == other.guard.is_some()
                     && one.bitmaps.len() == other.bitmaps.len()
                     && one
                         .bitmaps

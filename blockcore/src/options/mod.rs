@@ -126,6 +126,11 @@ impl Options {
             .extend(nested.map(|(key, value)| (format!("{prefix}.{key}"), value)));
     }
 
+    /// Sets every option of `others`.
+    pub fn set_all(&mut self, others: Self) {
+        self.values.extend(others.values);
+    }
+
     /// Adds what was parsed.
     fn add(&mut self, key: &str, value: OptionValue) -> Result<(), Error> {
         check_key(key)?;

@@ -580,6 +580,7 @@ impl State {
         let description = match &call {
             HostCall::Open(..)
             | HostCall::Remove(_)
+            | HostCall::Canonical(_)
             | HostCall::Rename(..)
             | HostCall::SyncDirectory(_) => None,
             HostCall::Metadata(file)

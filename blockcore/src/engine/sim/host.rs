@@ -444,6 +444,10 @@ impl Host {
                 self.sync_directory(path);
                 Ok(HostReply::Done)
             }
+            HostCall::Canonical(path) => match self.names.contains_key(path) {
+                true => Ok(HostReply::Path(path.clone())),
+                false => Err(Errno::NOENT),
+            },
             HostCall::DataExtent(file, offset) => {
                 let description = self.description(file)?;
                 let cache = &self.file(description).cache;
