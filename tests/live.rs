@@ -1,9 +1,9 @@
 //! A daemon in the test's own process, reached as operators will reach it: queues moved between workers
-//! under load, front-ends told of changes, nothing left when it has stopped.
+//! and the graph changed under load, front-ends told of changes, nothing left when it has stopped.
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, mpsc};
 use std::thread::JoinHandle;
@@ -11,7 +11,10 @@ use std::time::{Duration, Instant};
 
 use backend::config::{ExportConfig, ProcessConfig};
 use backend::daemon::{ControlHandle, Daemon};
+use blockcore::Error;
+use blockcore::drain::Scope;
 use blockcore::engine::EngineChoice;
+use blockcore::io::policy::ErrorPolicy;
 use blockcore::options::Options;
 use harness::daemon::{Place, eventually};
 use harness::frontend::blk::{self, Request};
@@ -73,6 +76,190 @@ fn queues_move_between_workers_under_load_and_no_request_is_lost() {
         load.finish();
         served.stop();
     }
+}
+
+#[test]
+fn the_graph_changes_a_thousand_times_under_load_and_no_request_is_lost() {
+    let _alone = alone();
+    for engine in ENGINES {
+        let served = Served::start(engine);
+        let busy = Busy::start(&served);
+        let mut slowest: BTreeMap<&str, (u32, Duration)> = BTreeMap::new();
+        for (number, step) in steps().into_iter().enumerate() {
+            let begin = Instant::now();
+            let (done, result) = mpsc::channel();
+            let (control, image) = (served.control.clone(), served.disk.clone());
+            std::thread::spawn(move || done.send(step.run(&control, &image)));
+            match result.recv_timeout(LIMIT) {
+                Ok(Some(Ok(()))) => {}
+                Ok(outcome) => panic!("{engine:?}: change {number}, {step:?}: {outcome:?}"),
+                Err(_) => panic!(
+                    "{engine:?}: change {number}, {step:?}, does not end; in flight by worker: {}",
+                    in_flight(&served.control)
+                ),
+            }
+            let (count, worst) = slowest.entry(step.name()).or_default();
+            (*count, *worst) = (*count + 1, (*worst).max(begin.elapsed()));
+            if number % 50 == 0 {
+                busy.goes_on();
+            }
+        }
+        let pause = Duration::from_micros(busy.worst.load(Ordering::Relaxed));
+        let rounds = busy.finish();
+        println!("{engine:?}: changes with the slowest of each: {slowest:?}");
+        println!("{engine:?}: {rounds} rounds meanwhile, the slowest took {pause:?}");
+        served.stop();
+    }
+}
+
+/// What can be done to the graph below a busy export.
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    /// A node on top of the one that takes its parents, and another such node in place of an earlier one.
+    Insert {
+        name: u32,
+    },
+    Replace {
+        from: u32,
+        to: u32,
+    },
+    Remove {
+        name: u32,
+    },
+    Reopen {
+        direct: bool,
+        unmap: bool,
+    },
+    Move {
+        queue: u16,
+    },
+    Drain {
+        micros: u64,
+        all: bool,
+    },
+}
+
+/// A thousand changes, in an order of their own.
+fn steps() -> Vec<Step> {
+    let mut random = Random::announced("changes");
+    let mut top = None;
+    let step = |number| match random.below(6) {
+        0 | 1 => match top.take() {
+            None => {
+                top = Some(number);
+                Step::Insert { name: number }
+            }
+            Some(from) if random.below(2) == 0 => {
+                top = Some(number);
+                Step::Replace { from, to: number }
+            }
+            Some(name) => Step::Remove { name },
+        },
+        2 => Step::Reopen {
+            direct: random.below(2) == 0,
+            unmap: random.below(2) == 0,
+        },
+        3 => Step::Move {
+            queue: random.below(u64::from(QUEUES)) as u16,
+        },
+        _ => Step::Drain {
+            micros: random.below(500),
+            all: random.below(2) == 0,
+        },
+    };
+    (0..1000).map(step).collect()
+}
+
+impl Step {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Insert { .. } => "insert",
+            Self::Replace { .. } => "replace",
+            Self::Remove { .. } => "remove",
+            Self::Reopen { .. } => "reopen",
+            Self::Move { .. } => "move",
+            Self::Drain { .. } => "drain",
+        }
+    }
+
+    /// Has it done; `None` if the daemon is gone.
+    fn run(self, control: &ControlHandle, image: &Path) -> Option<Result<(), String>> {
+        let image = image.to_string_lossy().into_owned();
+        control.call(move |daemon| async move {
+            let done = self.change(&daemon, image).await;
+            done.map_err(|error| error.report())
+        })
+    }
+
+    async fn change(self, daemon: &Daemon, image: String) -> Result<(), Error> {
+        let control = daemon.control().clone();
+        let layer = |name: u32| format!("layer{name}");
+        let above = |name: u32| {
+            let text = format!("raw,node-name={},file=node", layer(name));
+            Options::parse(&text, Some("driver")).expect("well-formed")
+        };
+        match self {
+            Self::Insert { name } => {
+                let mut change = control.begin().await;
+                let node = change.find("node")?;
+                let new = change.open(above(name)).await?;
+                change.replace_node(node, new)?;
+                change.prepare().await?.commit().finish().await
+            }
+            Self::Replace { from, to } => {
+                let mut change = control.begin().await;
+                let old = change.find(&layer(from))?;
+                let new = change.open(above(to)).await?;
+                change.replace_node(old, new)?;
+                change.prepare().await?.commit().finish().await
+            }
+            Self::Remove { name } => {
+                let mut change = control.begin().await;
+                let (node, old) = (change.find("node")?, change.find(&layer(name))?);
+                change.replace_node(old, node)?;
+                change.prepare().await?.commit().finish().await
+            }
+            Self::Reopen { direct, unmap } => {
+                let (direct, unmap) = match (direct, unmap) {
+                    (direct, true) => (direct, "unmap"),
+                    (direct, false) => (direct, "ignore"),
+                };
+                let direct = if direct { "on" } else { "off" };
+                let text = format!("file,node-name=node,cache.direct={direct},discard={unmap}");
+                let mut options = Options::parse(&text, Some("driver"))?;
+                options.set("filename", image);
+                control.reopen(vec![options]).await
+            }
+            Self::Move { queue } => {
+                let export = daemon.export("disk").expect("it is served");
+                let from = export.worker_of(queue).expect("it has one");
+                export.move_queue(queue, (from + 1) % WORKERS).await
+            }
+            Self::Drain { micros, all } => {
+                let node = control.read(|graph| graph.node("node").map(|node| node.id()))?;
+                let scope = match all {
+                    true => Scope::All,
+                    false => Scope::Nodes([node].into()),
+                };
+                let drained = control.drain(scope).await;
+                control.context().delay(Duration::from_micros(micros)).await;
+                drop(drained);
+                Ok(())
+            }
+        }
+    }
+}
+
+/// What the workers still have, if the control answers.
+fn in_flight(control: &ControlHandle) -> String {
+    let (say, said) = mpsc::channel();
+    let control = control.clone();
+    std::thread::spawn(move || {
+        let asked = control.queue("disk", |export| async move { export.in_flight().await });
+        say.send(format!("{asked:?}"))
+    });
+    let answer = said.recv_timeout(Duration::from_secs(5));
+    answer.unwrap_or_else(|_| "the control does not answer".into())
 }
 
 #[test]
@@ -277,9 +464,9 @@ impl Served {
 
 fn build(
     engine: EngineChoice,
-    image: &std::path::Path,
+    image: &Path,
     socket: PathBuf,
-) -> Result<std::rc::Rc<Daemon>, blockcore::Error> {
+) -> Result<std::rc::Rc<Daemon>, Error> {
     let process = ProcessConfig {
         workers: Some(WORKERS),
         engine,
@@ -300,6 +487,8 @@ fn build(
         queues: QUEUES as u16,
         block_bytes: None,
         serial: String::new(),
+        on_error: ErrorPolicy::default(),
+        retry_held: None,
     })?;
     Ok(daemon)
 }
@@ -310,6 +499,8 @@ struct Busy {
     /// The daemon is gone: nothing that is in flight will be answered.
     gone: Arc<AtomicBool>,
     rounds: Arc<AtomicU64>,
+    /// Microseconds that the slowest round took.
+    worst: Arc<AtomicU64>,
     thread: JoinHandle<()>,
 }
 
@@ -317,19 +508,23 @@ impl Busy {
     fn start(served: &Served) -> Self {
         let (stop, gone) = (Arc::<AtomicBool>::default(), Arc::<AtomicBool>::default());
         let rounds = Arc::new(AtomicU64::new(0));
+        let worst = Arc::new(AtomicU64::new(0));
         let socket = served.socket.clone();
         let thread = std::thread::spawn({
             let (stop, gone) = (Arc::clone(&stop), Arc::clone(&gone));
-            let rounds = Arc::clone(&rounds);
+            let (rounds, worst) = (Arc::clone(&rounds), Arc::clone(&worst));
             move || {
                 let mut random = Random::announced("busy");
                 let mut frontend = Frontend::connect(&socket);
                 let mut rings = [0, 1].map(|queue| frontend.start_queue(queue, 128));
                 while !stop.load(Ordering::Relaxed) {
+                    let begin = Instant::now();
                     if round(&mut frontend, &mut rings, &mut random, &gone).is_none() {
                         return;
                     }
                     rounds.fetch_add(1, Ordering::Relaxed);
+                    let micros = begin.elapsed().as_micros() as u64;
+                    worst.fetch_max(micros, Ordering::Relaxed);
                 }
                 let all = rounds.load(Ordering::Relaxed) * 2 * DEPTH as u64;
                 for ring in &rings {
@@ -341,6 +536,7 @@ impl Busy {
             stop,
             gone,
             rounds,
+            worst,
             thread,
         };
         busy.goes_on();

@@ -18,7 +18,7 @@ use blockcore::driver::Limits;
 use blockcore::graph::{Control, ExportState, RootId, RootSpec, RootUser};
 use blockcore::io::account::{Account, AccountOptions, AccountSum, Histogram, Kind, Recorder};
 use blockcore::io::policy::IoStatus;
-use blockcore::io::{ContextHandle, Plan};
+use blockcore::io::{ContextHandle, InFlight, Plan};
 use blockcore::mailbox::Mailbox;
 use blockcore::turns::Turns;
 use blockcore::{Error, IoError};
@@ -236,6 +236,9 @@ impl Export {
         // Not while a queue is on its way with some of them.
         let _turn = self.turns.next().await;
         self.holds.reset_status();
+        for (_, parked) in self.parked.borrow_mut().values_mut() {
+            parked.iter_mut().for_each(Parked::resume);
+        }
         let device = self.device;
         self.ask_all(|reply| Command::Resume(device, reply)).await;
     }
@@ -245,6 +248,25 @@ impl Export {
         let device = self.device;
         let held = self.ask_all(|reply| Command::ListHeld(device, reply)).await;
         held.into_iter().flatten().collect()
+    }
+
+    /// The requests that the disk is working on, each with the number of its worker; for messages.
+    pub async fn in_flight(&self) -> Vec<(usize, InFlight)> {
+        let mut answers = Vec::new();
+        for worker in &self.workers {
+            let ((reply, answer), id) = (oneshot::channel(), self.root);
+            worker.context.post(move |context| {
+                let root = context.root(id);
+                let _ = reply.send(root.map_or_else(Vec::new, |root| root.requests()));
+            });
+            answers.push(answer);
+        }
+        let mut all = Vec::new();
+        for (worker, answer) in answers.into_iter().enumerate() {
+            let requests = answer.await.unwrap_or_default();
+            all.extend(requests.into_iter().map(|request| (worker, request)));
+        }
+        all
     }
 
     /// Whether the guest's requests were stopped for a failure since the last resume; `None` if the

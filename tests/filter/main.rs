@@ -4,3 +4,4 @@
 
 mod overlay;
 mod setup;
+mod throttle;

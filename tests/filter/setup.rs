@@ -75,6 +75,11 @@ impl Machine {
         added.unwrap_or_else(|error| panic!("{}", error.report()));
     }
 
+    pub(crate) fn reopen(&self, options: &str) -> Result<(), Error> {
+        let (control, options) = (self.control.clone(), parse(options));
+        self.run(async move { control.reopen(vec![options]).await })
+    }
+
     pub(crate) fn remove(&self, node: &str) -> Result<(), Error> {
         let (control, node) = (self.control.clone(), node.to_owned());
         self.run(async move { control.remove(&node).await })

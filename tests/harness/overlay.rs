@@ -52,6 +52,10 @@ pub static OVERLAY: DriverType = DriverType {
         },
     ],
     backing: true,
+    probe: Some(|head| match head.starts_with(MAGIC) {
+        true => 100,
+        false => 0,
+    }),
     open: |request| open(request).boxed_local(),
     ..DriverType::FORMAT
 };

@@ -1,12 +1,14 @@
 //! Hosts that take no more data.
 
+use std::fs;
 use std::process::Command;
+use std::time::Duration;
 
 use blockcore::IoError;
 use blockcore::driver::ZeroFlags;
 use harness::daemon::{Daemon, Place, stonework_path};
-use harness::frontend::Frontend;
 use harness::frontend::blk::{self, Request};
+use harness::frontend::{Frontend, LIMIT};
 use harness::host::{LoopDevice, Mount, skip};
 
 use crate::{Disk, MIB, SECTOR, engines, file_options};
@@ -47,6 +49,75 @@ fn a_full_file_system_fails_writes_until_there_is_room_again() {
             assert!(data == chunk(number), "{engine:?}: chunk {number}");
         }
         disk.close();
+    }
+}
+
+/// What the guest would have seen: a write that fails, and its file system read-only, though there is room
+/// again a moment later.
+#[test]
+fn a_guest_waits_for_room_on_the_host_and_its_flushes_with_it() {
+    const CHUNK: usize = 256 << 10;
+    for engine in ["threads", "auto"] {
+        let mount = match Mount::tmpfs(4 * MIB) {
+            Ok(mount) => mount,
+            Err(reason) => return skip("a full file system", &reason),
+        };
+        let path = mount.sparse("disk.raw", 64 * MIB);
+        let other = mount.join("other");
+        fs::write(&other, vec![1; 2 << 20]).expect("there is room");
+        let place = Place::new();
+        let socket = place.join("vm.sock");
+        let mut command = Command::new(stonework_path());
+        command.arg("serve").arg(&path).arg("--socket").arg(&socket);
+        command.args(["--format", "raw", "--engine", engine]);
+        let mut daemon = Daemon::start_announced(command);
+        let mut frontend = Frontend::connect(&socket);
+        let mut rings = [0, 1].map(|queue| frontend.start_queue(queue, 64));
+        let chunk = |number: usize| vec![number as u8 + 1; CHUNK];
+        let sector = |number: usize| (number * CHUNK / SECTOR) as u64;
+        let mut waiting = None;
+        for number in 0..16 {
+            let request = Request::write(sector(number), &chunk(number));
+            let pending = frontend.submit(&mut rings[0], &request);
+            match rings[0].wait(Duration::from_millis(700)) {
+                Some(used) => assert_eq!(frontend.outcome(&pending, used).status, blk::OK),
+                None => {
+                    waiting = Some((number, pending));
+                    break;
+                }
+            }
+        }
+        let (number, write) = waiting.expect("it gets full");
+        assert!(number >= 4, "{engine}: only {number} chunks fitted");
+        // Reads go on; a flush on another queue waits for the write.
+        assert!(frontend.read(&mut rings[1], 0, CHUNK) == chunk(0));
+        let flush = frontend.submit(&mut rings[1], &Request::flush());
+        for ring in &mut rings {
+            assert!(ring.wait(Duration::from_millis(200)).is_none(), "{engine}");
+        }
+        assert!(daemon.errors().contains("held until it is resumed"));
+        fs::remove_file(&other).expect("it is ours");
+        // The daemon tries again by itself.
+        let used = rings[0].wait(LIMIT).expect("the write completes");
+        assert_eq!(frontend.outcome(&write, used).status, blk::OK);
+        let used = rings[1].wait(LIMIT).expect("the flush completes");
+        assert_eq!(frontend.outcome(&flush, used).status, blk::OK);
+        for number in 0..=number {
+            let data = frontend.read(&mut rings[1], sector(number), CHUNK);
+            assert!(data == chunk(number), "{engine}: chunk {number}");
+        }
+        // With the host full again, the guest's reset does not wait: its write fails.
+        fs::write(&other, vec![1; 1 << 20]).expect("there is room");
+        let request = Request::write(sector(100), &vec![9; 8 * CHUNK]);
+        let write = frontend.submit(&mut rings[0], &request);
+        assert!(rings[0].wait(Duration::from_millis(500)).is_none());
+        let served = rings[0].available_index();
+        assert_eq!(frontend.stop_queue(&rings[0]), served, "all is completed");
+        let used = rings[0].wait(LIMIT).expect("the write ends with its queue");
+        assert_eq!(frontend.outcome(&write, used).status, blk::IOERR);
+        drop(frontend);
+        daemon.assert_running();
+        daemon.stop();
     }
 }
 

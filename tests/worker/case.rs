@@ -1,8 +1,11 @@
 //! What a seed decides before anything runs: the disk, the guest's driver, what goes wrong.
 
+use std::time::Duration;
+
 use backend::config::ExportConfig;
 use blockcore::engine::FileType;
 use blockcore::engine::sim::{Faults, FileProperties, Random};
+use blockcore::io::policy::{ErrorPolicy, OnError};
 use blockcore::options::Options;
 
 use crate::{PATH, SERIAL};
@@ -31,6 +34,9 @@ pub(crate) struct Case {
     pub(crate) lives: usize,
     pub(crate) requests: usize,
     pub(crate) faults: Faults,
+    pub(crate) on_error: ErrorPolicy,
+    /// Held requests are tried again by themselves after so long.
+    pub(crate) retry: Option<Duration>,
 }
 
 impl Case {
@@ -52,6 +58,12 @@ impl Case {
         let trouble = of(&[0, 1, 2, 2]);
         let permille = |some: u64, from: u64| if trouble >= from { some as u32 } else { 0 };
         let bytes = of(&[8, 64, 256]) * 4096;
+        let [reads, writes] = [0, 1].map(|_| match of(&[0, 0, 0, 1, 2, 3, 3, 3]) {
+            0 => OnError::Report,
+            1 => OnError::Ignore,
+            2 => OnError::Enospc,
+            _ => OnError::Stop,
+        });
         Self {
             seed,
             bytes,
@@ -80,10 +92,10 @@ impl Case {
                 short_permille: permille(of(&[0, 50, 300]), 1),
                 interrupted_permille: permille(of(&[0, 50]), 1),
                 again_permille: permille(of(&[0, 50]), 1),
-                read_error_permille: permille(of(&[0, 30]), 2),
-                write_error_permille: permille(of(&[0, 30]), 2),
+                read_error_permille: permille(of(&[0, 30, 150]), 2),
+                write_error_permille: permille(of(&[0, 30, 150]), 2),
                 allocate_error_permille: permille(of(&[0, 30]), 2),
-                no_space_permille: permille(of(&[0, 30]), 2),
+                no_space_permille: permille(of(&[0, 30, 150]), 2),
                 stalled_permille: permille(of(&[0, 30]), 2),
                 sync_error_permille: permille(of(&[0, 0, 30, 200]), 2),
                 call_error_permille: permille(of(&[0, 50]), 2),
@@ -91,6 +103,8 @@ impl Case {
                 latency_us: (0, of(&[1, 100, 2000])),
                 ..Faults::default()
             },
+            on_error: ErrorPolicy { reads, writes },
+            retry: [None, Some(Duration::from_micros(of(&[10, 5000])))][of(&[0, 0, 1]) as usize],
         }
     }
 
@@ -124,7 +138,15 @@ impl Case {
             queues: self.queues as u16,
             block_bytes: Some(self.block_bytes),
             serial: SERIAL.into(),
+            on_error: self.on_error,
+            retry_held: self.retry,
         }
+    }
+
+    /// Whether requests may be held.
+    pub(crate) fn holds(&self) -> bool {
+        let stops = |policy| matches!(policy, OnError::Enospc | OnError::Stop);
+        stops(self.on_error.reads) || stops(self.on_error.writes)
     }
 
     pub(crate) fn file_bytes(&self) -> u64 {

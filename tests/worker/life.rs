@@ -6,10 +6,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use backend::export::Export;
-use backend::worker::Command;
+use backend::virtio::blk::Request;
+use backend::worker::{Command, HoldEvent, Notice};
+use blockcore::drain::Scope;
 use blockcore::engine::sim::{Simulation, Worker};
 use blockcore::graph::{Control, Graph};
 use blockcore::io::IoContext;
+use blockcore::mailbox::Mailbox;
 use harness::history::Flushed;
 
 use crate::guest::{Driver, Guest};
@@ -34,6 +37,8 @@ pub(crate) struct Life<'a> {
     office: Rc<Worker>,
     workers: Vec<Handle>,
     export: Rc<Export>,
+    /// What the workers say of held requests.
+    notices: Arc<Mailbox<Notice>>,
     guest: Rc<RefCell<Guest>>,
 }
 
@@ -43,6 +48,7 @@ impl<'a> Life<'a> {
         let case = &test.case;
         test.lost.set(false);
         test.toggling.set(false);
+        test.resuming.set(false);
         test.tasks.set(0);
         test.read_only.set(test.chance(50));
         test.stable.set(case.writethrough);
@@ -60,7 +66,8 @@ impl<'a> Life<'a> {
             .collect();
         let handles: Vec<_> = workers.iter().map(|worker| worker.handle.clone()).collect();
         let first = test.below(case.workers as u64) as usize;
-        let export = test.export(simulation, &office, &control, handles, first)?;
+        let notices = Mailbox::new(Arc::clone(office.context().engine().sleeper()));
+        let export = test.export(simulation, &office, &control, handles, first, &notices)?;
         let guest = Guest::new(Rc::clone(test));
         simulation.add(None, Box::new(Driver(Rc::clone(&guest))));
         Ok(Self {
@@ -70,6 +77,7 @@ impl<'a> Life<'a> {
             office,
             workers,
             export,
+            notices,
             guest,
         })
     }
@@ -146,12 +154,14 @@ impl<'a> Life<'a> {
         }
         let index = test.below(case.queues as u64) as usize;
         match test.below(100) {
-            0..3 => self.restart(index),
+            0..2 => self.restart(index),
+            2 => self.set_up_anew(index),
             3..6 => self.move_queue(index),
             6..8 => self.toggle(),
             8 => self.set_call(index),
             9 if test.chance(500) => self.break_queue(index),
             10..14 => self.rest()?,
+            14..16 => self.drain(),
             _ => {
                 let count = 1 + test.below(4);
                 let mut guest = self.guest.borrow_mut();
@@ -172,11 +182,77 @@ impl<'a> Life<'a> {
 
     fn wait(&self, mut until: impl FnMut() -> bool) -> Result<(), String> {
         let failed = || self.test.failure.borrow().is_some();
-        let run = self.simulation.run_until(LIMIT, || failed() || until());
+        let run = self.simulation.run_until(LIMIT, || {
+            self.listen();
+            failed() || until()
+        });
         if let Some(why) = self.test.failure.take() {
             return Err(why);
         }
-        run.map_err(|stuck| stuck.to_string())
+        run.map_err(|stuck| {
+            let tasks = self.test.tasks.get();
+            format!(
+                "{stuck}\n  {tasks} tasks of control, changing {:?}",
+                self.test.changing
+            )
+        })
+    }
+
+    /// Hears what is held, and sees to it that it is resumed.
+    fn listen(&self) {
+        let mut notices = Vec::new();
+        self.notices.take(&mut notices);
+        for notice in notices {
+            let test = &self.test;
+            if notice.event == HoldEvent::GivenUp {
+                test.count(|totals| &mut totals.given_up);
+                continue;
+            }
+            test.count(|totals| &mut totals.held);
+            if !test.case.holds() {
+                test.fail(format!("{notice:?} by a policy that holds nothing"));
+            }
+            let by_itself = test.case.retry.is_some();
+            if notice.no_space && (by_itself || test.chance(300)) {
+                self.simulation.set_capacity(None);
+            }
+            if !by_itself {
+                self.resume();
+            }
+        }
+    }
+
+    /// Resumes what is held, after a while.
+    fn resume(&self) {
+        if self.test.resuming.replace(true) {
+            return;
+        }
+        let context = Rc::clone(self.office.context());
+        self.spawn(None, |test, export, _| async move {
+            let pause = Duration::from_nanos(test.below(5_000_000));
+            context.delay(pause).await;
+            for held in export.held().await {
+                if held.error.is_none() && held.request != Request::Flush {
+                    test.fail(format!("{held:?} waits for nothing"));
+                }
+            }
+            // What is held from here on needs another one.
+            test.resuming.set(false);
+            export.resume().await;
+            test.count(|totals| &mut totals.resumes);
+        });
+    }
+
+    /// Holds the disk's requests back for a while.
+    fn drain(&self) {
+        let control = self.control.clone();
+        self.spawn(None, |test, _, _| async move {
+            let drained = control.drain(Scope::All).await;
+            let pause = Duration::from_nanos(test.below(100_000));
+            control.context().delay(pause).await;
+            drop(drained);
+            test.count(|totals| &mut totals.drains);
+        });
     }
 
     /// Starts a task of control, which has `queue` to itself if it may stop it.
@@ -224,6 +300,30 @@ impl<'a> Life<'a> {
             }
             let next = state.map_or(used, |state| state.next);
             let setup = guest.borrow().setup(index, next);
+            if let Err(why) = export.start_queue(index as u16, setup).await {
+                test.fail(format!("queue {index} does not start: {why}"));
+            }
+            test.count(|totals| &mut totals.restarts);
+        });
+    }
+
+    /// As a change of memory does: held requests go on being held.
+    fn set_up_anew(&self, index: usize) {
+        let context = Rc::clone(self.office.context());
+        self.spawn(Some(index), |test, export, guest| async move {
+            let state = export.suspend_queue(index as u16).await;
+            let pause = Duration::from_nanos(test.below(300_000));
+            context.delay(pause).await;
+            guest.borrow_mut().change(index);
+            let used = guest.borrow().used_index(index);
+            let Some(state) = state else {
+                return test.fail(format!("queue {index} was not served"));
+            };
+            let held = state.next.wrapping_sub(used);
+            if held > test.case.depth as u16 {
+                test.fail(format!("queue {index} stopped at {state:?}, used {used}"));
+            }
+            let setup = guest.borrow().setup(index, state.next);
             if let Err(why) = export.start_queue(index as u16, setup).await {
                 test.fail(format!("queue {index} does not start: {why}"));
             }

@@ -1,10 +1,11 @@
 //! Workers, an export and its guest on the simulated engine, checked against the disk's history.
 //!
 //! A seed decides the disk, what goes wrong, how many workers and queues there are, how the guest's
-//! driver behaves and what it asks. While requests are in flight, queues are stopped, started, set up
-//! differently, moved from worker to worker and broken, and the write cache is turned off and on. A
-//! disk lives several lives: each ends in order, by a kill or by a power cut, and the next has a new
-//! guest.
+//! driver behaves and what it asks. While requests are in flight or held for their failures, queues are
+//! stopped, started, set up differently, moved from worker to worker and broken, the disk is drained, and
+//! the write cache is turned off and on. Who holds requests says so, or nobody resumes them and the guest
+//! waits for ever. A disk lives several lives: each ends in order, by a kill or by a power cut, and the
+//! next has a new guest.
 //!
 //! `STONEWORK_SEED=n` replays one seed. `STONEWORK_SEEDS=n` tries so many, `STONEWORK_SECONDS=n` as many
 //! as fit in that time; both begin at `STONEWORK_SEED` if it is given.
@@ -21,7 +22,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use backend::export::{Export, RootSide, WorkerHandle};
-use backend::worker::DeviceId;
+use backend::worker::{DeviceId, Notice};
 use blockcore::engine::sim::{Random, Simulation, Worker};
 use blockcore::graph::Control;
 use blockcore::mailbox::Mailbox;
@@ -104,6 +105,10 @@ struct Totals {
     restarts: u64,
     broken: u64,
     toggles: u64,
+    drains: u64,
+    held: u64,
+    given_up: u64,
+    resumes: u64,
     kills: u64,
     power_cuts: u64,
 }
@@ -114,6 +119,8 @@ impl Totals {
         assert!(self.failed > 1_000 && self.refused > 1_000, "{self:?}");
         assert!(self.moves > 500 && self.restarts > 500, "{self:?}");
         assert!(self.broken > 100 && self.toggles > 400, "{self:?}");
+        assert!(self.held > 500 && self.resumes > 200, "{self:?}");
+        assert!(self.given_up > 20 && self.drains > 100, "{self:?}");
         assert!(self.kills > 100 && self.power_cuts > 200, "{self:?}");
     }
 
@@ -125,6 +132,10 @@ impl Totals {
         self.restarts += other.restarts;
         self.broken += other.broken;
         self.toggles += other.toggles;
+        self.drains += other.drains;
+        self.held += other.held;
+        self.given_up += other.given_up;
+        self.resumes += other.resumes;
         self.kills += other.kills;
         self.power_cuts += other.power_cuts;
     }
@@ -155,6 +166,8 @@ struct Test {
     toggling: Cell<bool>,
     /// A flush was lost in this life: none can succeed that begins after it.
     lost: Cell<bool>,
+    /// Somebody is going to resume what is held.
+    resuming: Cell<bool>,
     /// Changes of queues under way, and which queues they may stop.
     tasks: Cell<usize>,
     changing: RefCell<Vec<bool>>,
@@ -180,6 +193,7 @@ impl Test {
             stable: Cell::new(false),
             toggling: Cell::new(false),
             lost: Cell::new(false),
+            resuming: Cell::new(false),
             tasks: Cell::new(0),
             changing: RefCell::default(),
             hash: Cell::new(0),
@@ -257,22 +271,15 @@ impl Test {
         control: &Control,
         workers: Vec<WorkerHandle>,
         first: usize,
+        notices: &Arc<Mailbox<Notice>>,
     ) -> Result<Rc<Export>, String> {
         let config = self.case.export(self.read_only.get());
         for _ in 0..10_000 {
             let (control, config, workers) = (control.clone(), config.clone(), workers.clone());
-            let notices = Mailbox::new(Arc::clone(office.context().engine().sleeper()));
+            let (device, notices) = (DeviceId(7), Arc::clone(notices));
             let offering = async move {
-                Export::new(
-                    config,
-                    DeviceId(7),
-                    &control,
-                    workers,
-                    first,
-                    RootSide::default(),
-                    notices,
-                )
-                .await
+                let root = RootSide::default();
+                Export::new(config, device, &control, workers, first, root, notices).await
             };
             let offered = simulation.run(office, LIMIT, offering);
             match offered.map_err(|stuck| stuck.to_string())? {

@@ -1,5 +1,6 @@
 //! What the simulated guest asks, and what it accepts as an answer.
 
+use blockcore::io::policy::OnError;
 use harness::frontend::blk::{self, IOERR, OK, UNSUPP, UNTOUCHED, kind};
 use harness::history::{self, Flush, Flushed, Outcome, Read, Write};
 
@@ -239,7 +240,11 @@ impl Request {
             What::Refused(status) => verdict.status == *status && untouched(),
             What::Id => ok,
             What::Read(_) => ok || (verdict.status == IOERR && test.reads_may_fail()),
-            What::Flush { .. } => ok || (verdict.status == IOERR && test.syncs_may_fail()),
+            // One that waits for held changes fails with them.
+            What::Flush { .. } => {
+                let may_fail = test.syncs_may_fail() || test.case.holds();
+                ok || (verdict.status == IOERR && may_fail)
+            }
             What::Write(_) | What::Zero(_) | What::Discard(_) => {
                 ok || (verdict.status == IOERR && test.writes_may_fail())
             }
@@ -250,7 +255,9 @@ impl Request {
         let mut history = test.history.borrow_mut();
         match self.what {
             What::Read(read) => {
-                let data = ok.then_some(verdict.input.as_slice());
+                // One that failed and was ignored has anything for data.
+                let ignored = test.case.on_error.reads == OnError::Ignore && test.reads_may_fail();
+                let data = (ok && !ignored).then_some(verdict.input.as_slice());
                 if let Err(wrong) = history.end_read(read, data) {
                     fail(wrong.to_string());
                 }
@@ -276,7 +283,7 @@ impl Request {
                 if lost_before && flushed == Flushed::Done {
                     fail("a flush succeeds after one was lost".into());
                 }
-                if flushed == Flushed::Lost {
+                if flushed == Flushed::Lost && !test.case.holds() {
                     test.lost.set(true);
                 }
                 history.end_flush(flush, flushed);
@@ -312,8 +319,8 @@ impl Test {
         }
         seen.errors += u64::from(!ok);
         match what {
-            What::Refused(_) => {}
-            What::Read(_) | What::Id => seen.reads += 1,
+            What::Refused(_) | What::Id => {}
+            What::Read(_) => seen.reads += 1,
             What::Write(_) => seen.writes += 1,
             What::Flush { .. } => seen.flushes += 1,
             What::Zero(_) | What::Discard(_) => seen.ranges += 1,
@@ -344,7 +351,8 @@ impl Test {
     }
 
     fn outcome(&self, ok: bool) -> Outcome {
-        match ok {
+        let ignored = self.case.on_error.writes == OnError::Ignore && self.writes_may_fail();
+        match ok && !ignored {
             true if self.stable.get() && !self.case.no_flush => Outcome::Stable,
             true => Outcome::Done,
             false => Outcome::Failed,

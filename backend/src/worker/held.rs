@@ -68,6 +68,16 @@ pub struct Parked {
     pub(super) reported: bool,
     /// `None` for a flush.
     pub(super) hold: Option<Hold>,
+    /// Resumed on its way from one worker to the next.
+    pub(super) due: bool,
+}
+
+impl Parked {
+    /// Has it tried again, and reported if it fails, by the worker to which it comes.
+    pub fn resume(&mut self) {
+        self.due = true;
+        self.reported = false;
+    }
 }
 
 /// A held request, for those who list them.

@@ -16,7 +16,7 @@ mod held;
 mod queue;
 
 use std::cell::Cell;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -415,12 +415,9 @@ impl Worker {
         let served = Rc::clone(served);
         served.writeback.set(start.writeback);
         let size = usize::from(ring.size());
+        let (due, parked): (Vec<_>, _) = start.parked.into_iter().partition(|one| one.due);
         // Held requests wait as long again: the queue begins anew.
-        let retry = served
-            .disk
-            .holds
-            .retry()
-            .filter(|_| !start.parked.is_empty());
+        let retry = served.disk.holds.retry().filter(|_| !parked.is_empty());
         let retry_at = retry.map(|retry| self.context.turn_time() + retry);
         let flushes_may_go = !served.disk.holds.changes_are_held();
         let mut queue = Queue {
@@ -432,8 +429,8 @@ impl Worker {
             error: start.error,
             pending: std::iter::repeat_with(|| None).take(size).collect(),
             in_flight: 0,
-            parked: start.parked,
-            again: VecDeque::new(),
+            parked,
+            again: due.into(),
             retry_at,
             armed: false,
             held: false,

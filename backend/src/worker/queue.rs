@@ -308,6 +308,7 @@ impl Queue {
             since: pending.since,
             reported: error.is_some(),
             hold,
+            due: false,
         };
         // Left at last, with the hold taken: whoever waits for the disk to be quiet finds it held.
         drop(pending.entered);

@@ -198,6 +198,7 @@ use crate::dirty_bitmap::Bits;
 use crate::engine::OpenFile;
 use crate::io::{IoContext, Modes, Root};
 use crate::options::{OptionSpec, Options};
+use crate::throttle::Groups;
 
 /// What kind of node a driver makes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -346,6 +347,8 @@ pub struct OpenRequest {
     pub file: Option<Arc<OpenFile>>,
     /// Finds a dirty bitmap by the names of its node and its own.
     pub find_bitmap: FindBitmap,
+    /// Where throttle groups are found.
+    pub throttle_groups: Groups,
 }
 
 /// Finds what a dirty bitmap has marked, by the names of its node and its own. Fails with

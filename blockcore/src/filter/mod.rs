@@ -3,6 +3,7 @@
 //! Each module is a driver; [`drivers`] lists them for whoever builds a graph.
 
 pub mod copy_before_write;
+pub mod throttle;
 
 use crate::driver::DriverType;
 
@@ -11,5 +12,6 @@ pub fn drivers() -> Vec<&'static DriverType> {
     vec![
         &copy_before_write::COPY_BEFORE_WRITE,
         &copy_before_write::SNAPSHOT_ACCESS,
+        &throttle::THROTTLE,
     ]
 }

@@ -83,6 +83,8 @@ struct Rest {
     order: Vec<NodeId>,
     reopened: Vec<NodeId>,
     resized: Vec<NodeId>,
+    /// Whose permissions have changed.
+    permitted: Vec<NodeId>,
     _turn: Turn,
 }
 
@@ -608,6 +610,7 @@ impl Prepared {
                 order: rest.order,
                 reopened: rest.reopened,
                 resized: rest.resized,
+                permitted: rest.permitted,
             })),
         }
     }
@@ -625,6 +628,7 @@ struct Left {
     order: Vec<NodeId>,
     reopened: Vec<NodeId>,
     resized: Vec<NodeId>,
+    permitted: Vec<NodeId>,
 }
 
 impl Graph {
@@ -640,9 +644,11 @@ impl Graph {
             }
             self.node_mut(id).io = io;
         }
+        let mut permitted = Vec::new();
         for id in std::mem::take(&mut state.permissions).into_keys() {
             if let Some(node) = self.nodes.get(&id) {
                 node.driver.take().commit_permissions();
+                permitted.push(id);
             }
         }
         let mut reopened = Vec::new();
@@ -673,6 +679,7 @@ impl Graph {
             order,
             reopened,
             resized,
+            permitted,
         }
     }
 
@@ -765,6 +772,12 @@ async fn finish(control: Control, mut rest: Box<Rest>) -> Result<(), Error> {
     let mut outcome = Ok(());
     for id in std::mem::take(&mut rest.resized) {
         control.resized(id);
+    }
+    for id in std::mem::take(&mut rest.permitted) {
+        let driver = control.read(|graph| Some(graph.nodes.get(&id)?.driver.clone()));
+        if let Some(driver) = driver {
+            driver.take().settle_permissions().await;
+        }
     }
     for id in std::mem::take(&mut rest.reopened) {
         let found = control.read(|graph| {

@@ -186,6 +186,7 @@ use crate::driver::{DriverType, OpenModes};
 use crate::io::{IoContext, Plan};
 use crate::mailbox::Mailbox;
 use crate::node::Notice;
+use crate::throttle::Groups;
 use crate::turns::Turns;
 use crate::{Error, ErrorKind};
 
@@ -391,6 +392,7 @@ pub struct Control {
     turns: Turns,
     notices: Arc<Mailbox<Notice>>,
     next_name: Rc<Cell<u64>>,
+    throttle_groups: Groups,
 }
 
 impl Control {
@@ -400,6 +402,7 @@ impl Control {
             graph: Rc::new(RefCell::new(graph)),
             notices: Mailbox::new(Arc::clone(context.engine().sleeper())),
             context,
+            throttle_groups: Groups::default(),
             turns: Turns::default(),
             next_name: Rc::default(),
         }
@@ -413,6 +416,11 @@ impl Control {
     /// Changes the graph: for commit, and for what concerns no request.
     pub(crate) fn change<T>(&self, change: impl FnOnce(&mut Graph) -> T) -> T {
         change(&mut self.graph.borrow_mut())
+    }
+
+    /// The throttle groups of the process.
+    pub fn throttle_groups(&self) -> &Groups {
+        &self.throttle_groups
     }
 
     /// The control thread's context.

@@ -452,6 +452,7 @@ impl Change {
             children: self.open_children_of(id),
             file,
             find_bitmap: self.control().find_bitmap(),
+            throttle_groups: self.control().throttle_groups().clone(),
         })
         .await?;
         let notices = Arc::clone(&self.control().notices);

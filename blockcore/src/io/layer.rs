@@ -123,7 +123,8 @@ impl<'a> Io<'a> {
 
     /// The child that this node passes through; `None` if it is no filter.
     pub fn filtered(self) -> Option<Self> {
-        self.child_with(Role::FILTERED)
+        let is_filter = self.node().kind == DriverKind::Filter;
+        self.child_with(Role::FILTERED).filter(|_| is_filter)
     }
 
     /// The child that this node defers to for what it does not hold; `None` for filters.
@@ -134,7 +135,7 @@ impl<'a> Io<'a> {
     /// [`filtered`](Self::filtered) or [`backing`](Self::backing), whichever there is: the next node of
     /// the chain.
     pub fn next_in_chain(self) -> Option<Self> {
-        self.child_with(Role::FILTERED | Role::COW)
+        self.filtered().or_else(|| self.backing())
     }
 
     /// What becomes of a call that the driver left out: a filter's goes to its child, others cannot.

@@ -60,7 +60,8 @@ impl<'a> Io<'a> {
     pub(crate) fn default_status(self, offset: u64, bytes: u64) -> IoFuture<'a, Status> {
         let node = self.node();
         let filtered = |child: &Option<super::plan::PlanChild>| {
-            child.is_some_and(|c| c.role.contains(crate::driver::Role::FILTERED))
+            let is_filter = node.kind == DriverKind::Filter;
+            child.is_some_and(|c| is_filter && c.role.contains(crate::driver::Role::FILTERED))
         };
         let status = match node.children.iter().position(filtered) {
             Some(index) => Status {

@@ -275,4 +275,13 @@ impl Driver for FileDriver {
     fn abort_permissions(&mut self) {
         self.abort();
     }
+
+    fn settle_permissions(&mut self) -> LocalBoxFuture<'_, ()> {
+        async move {
+            if let Some(locks) = &self.locks {
+                locks.settle().await;
+            }
+        }
+        .boxed_local()
+    }
 }
