@@ -2,11 +2,21 @@
 //!
 //! Each module is a driver; [`drivers`] lists them for whoever builds a graph.
 
+pub mod blkdebug;
+pub mod compress;
+pub mod copy_on_read;
+pub mod preallocate;
 pub mod throttle;
 
 use crate::driver::DriverType;
 
 /// Every filter, for registration.
 pub fn drivers() -> Vec<&'static DriverType> {
-    vec![&throttle::THROTTLE]
+    vec![
+        &blkdebug::BLKDEBUG,
+        &compress::COMPRESS,
+        &copy_on_read::COPY_ON_READ,
+        &preallocate::PREALLOCATE,
+        &throttle::THROTTLE,
+    ]
 }

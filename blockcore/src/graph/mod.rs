@@ -37,6 +37,7 @@ mod blockers;
 mod chain;
 mod change;
 mod compile;
+mod debug;
 mod names;
 mod node;
 mod open;

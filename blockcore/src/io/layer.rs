@@ -134,7 +134,14 @@ impl<'a> Io<'a> {
     /// A parent that holds data in this node may read past its end and, with the right to resize, write
     /// there.
     fn is_growable(self) -> bool {
-        self.node().kind == DriverKind::Protocol && self.index != 0
+        if self.index == 0 {
+            return false;
+        }
+        match self.filtered() {
+            // A filter grows with what it filters.
+            Some(child) => child.is_growable(),
+            None => self.node().kind == DriverKind::Protocol,
+        }
     }
 
     pub(super) fn check(self, offset: u64, bytes: u64) -> Result<(), IoError> {
@@ -448,6 +455,11 @@ impl<'a> Io<'a> {
         let _turn = self.track(offset, bytes, false).await;
         let _marks = self.changes(offset, bytes);
         self.node().io.write_compressed(self, offset, from).await
+    }
+
+    /// Whether [`write_compressed`](Self::write_compressed) leads to a driver that compresses.
+    pub fn can_compress(self) -> bool {
+        self.node().io.can_compress() || self.filtered().is_some_and(Self::can_compress)
     }
 
     /// Marks a range as changed when what is returned is dropped: after the I/O, and before anybody is
