@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use blockcore::Error;
 use blockcore::engine::EngineChoice;
+use blockcore::io::policy::{ErrorPolicy, OnError};
 use blockcore::options::{OptionKind, OptionSpec, Options};
 
 /// Everything that holds for the whole process.
@@ -62,6 +63,10 @@ pub struct ExportConfig {
     pub block_bytes: Option<u32>,
     /// What the guest is told as serial number.
     pub serial: String,
+    /// What becomes of requests that fail.
+    pub on_error: ErrorPolicy,
+    /// After what time held requests are tried again by themselves; `None` for never.
+    pub retry_held: Option<Duration>,
 }
 
 /// The options of `--export`.
@@ -111,6 +116,19 @@ pub const EXPORT_OPTIONS: &[OptionSpec] = &[
         Some(""),
         "serial number, at most 20 bytes",
     ),
+    option(
+        "on-read-error",
+        OptionKind::Choice(&["report", "ignore", "enospc", "stop"]),
+        Some("report"),
+        "what becomes of reads that fail; with 'stop' they are held until they are resumed",
+    ),
+    option(
+        "on-write-error",
+        OptionKind::Choice(&["report", "ignore", "enospc", "stop"]),
+        Some("report"),
+        "what becomes of writes, zeroes and discards that fail; 'enospc' holds those that the host \
+         has no space for",
+    ),
 ];
 
 const fn option(
@@ -145,6 +163,7 @@ impl ExportConfig {
             ))
         })?;
         let block = options.size(EXPORT_OPTIONS, "logical-block-size");
+        let policy = |name| OnError::named(&text(name)).unwrap_or_default();
         let config = Self {
             id: text("id"),
             node: text("node-name"),
@@ -156,6 +175,11 @@ impl ExportConfig {
                 .get("logical-block-size")
                 .map(|_| u32::try_from(block).unwrap_or(u32::MAX)),
             serial: text("serial"),
+            on_error: ErrorPolicy {
+                reads: policy("on-read-error"),
+                writes: policy("on-write-error"),
+            },
+            retry_held: None,
         };
         config.check()?;
         Ok(config)
@@ -244,6 +268,13 @@ mod tests {
             (4, true, false)
         );
         assert_eq!(config.socket, PathBuf::from("/run/a.sock"));
+        assert_eq!(config.on_error, ErrorPolicy::default());
+        let text = format!("{text},on-read-error=stop,on-write-error=enospc");
+        let policy = export(&text).unwrap().on_error;
+        assert_eq!(
+            (policy.reads, policy.writes),
+            (OnError::Stop, OnError::Enospc)
+        );
     }
 
     #[test]
@@ -255,6 +286,7 @@ mod tests {
         assert!(message(",logical-block-size=513").contains("power of two"));
         assert!(message(",serial=123456789012345678901").contains("more than the 20"));
         assert!(message(",colour=red").contains("no option 'colour'"));
+        assert!(message(",on-write-error=auto").contains("'on-write-error'"));
     }
 
     #[test]

@@ -29,7 +29,7 @@ use crate::export::{Export, RootSide, WorkerHandle};
 use crate::signals::Signals;
 use crate::vhost_user::listener::{Server, Socket};
 use crate::vhost_user::session::BackendChannel;
-use crate::worker::{Command, DeviceId, Worker};
+use crate::worker::{Command, DeviceId, HeldRequest, HoldEvent, Notice, Worker};
 
 /// How often the end of a connection thread is looked for while stopping.
 const STOP_LOOK: Duration = Duration::from_millis(2);
@@ -89,6 +89,16 @@ impl ControlHandle {
             Some(change(export).await)
         })
         .flatten()
+    }
+
+    /// Tries an export's held requests again; `None` if there is no such export.
+    pub fn resume(&self, id: &str) -> Option<()> {
+        self.queue(id, |export| async move { export.resume().await })
+    }
+
+    /// An export's held requests; `None` if there is no such export.
+    pub fn held(&self, id: &str) -> Option<Vec<HeldRequest>> {
+        self.queue(id, |export| async move { export.held().await })
     }
 
     /// Sets the way to tell an export's front-end of changes.
@@ -156,6 +166,8 @@ pub struct Daemon {
     process: ProcessConfig,
     control: Control,
     calls: Arc<Mailbox<Call>>,
+    /// What workers have to say of held requests.
+    notices: Arc<Mailbox<Notice>>,
     /// No call is taken any more.
     ended: Arc<AtomicBool>,
     workers: RefCell<Vec<WorkerThread>>,
@@ -177,10 +189,12 @@ impl Daemon {
     ) -> Result<Rc<Self>, Error> {
         let context = IoContext::new(engine::make(process.engine)?);
         let calls = Mailbox::new(Arc::clone(context.engine().sleeper()));
+        let notices = Mailbox::new(Arc::clone(context.engine().sleeper()));
         Ok(Rc::new(Self {
             process,
             control: Control::new(Graph::new(drivers), context),
             calls,
+            notices,
             ended: Arc::default(),
             workers: RefCell::default(),
             exports: RefCell::default(),
@@ -281,7 +295,7 @@ impl Daemon {
             id: id.clone(),
             handle: self.handle(),
         });
-        let control = self.control.clone();
+        let (control, notices) = (self.control.clone(), Arc::clone(&self.notices));
         let discard = self.process.discard_state;
         let export = self.block_on(async move {
             let mut state_path = config.socket.clone().into_os_string();
@@ -293,7 +307,7 @@ impl Daemon {
                 user: Some(user),
                 state: Some(state),
             };
-            Export::new(config, device, &control, workers, first, root).await
+            Export::new(config, device, &control, workers, first, root, notices).await
         })?;
         let server =
             Socket::bind(&path).and_then(|socket| Server::start(socket, &id, self.handle()));
@@ -374,12 +388,16 @@ impl Daemon {
             tracing::info!(?notice, "a worker has something to say");
             busy = true;
         }
+        let mut held = Vec::new();
+        self.notices.take(&mut held);
+        busy |= !held.is_empty();
+        held.iter().for_each(say);
         busy |= context.turn(&mut events);
         if !busy && events.is_empty() {
-            let calls = &self.calls;
+            let (calls, notices) = (&self.calls, &self.notices);
             let control = &self.control;
             context.sleep(&mut events, limit, || {
-                calls.is_empty() && !control.has_notices()
+                calls.is_empty() && notices.is_empty() && !control.has_notices()
             });
         }
         for event in events {
@@ -440,6 +458,27 @@ impl Daemon {
                 format!("what export '{id}' wrote last may not be on the disk: {error}"),
             )
         })
+    }
+}
+
+/// Tells whoever reads the log what happens to a request that failed.
+fn say(notice: &Notice) {
+    let Notice {
+        export,
+        event,
+        operation,
+        no_space,
+        message,
+    } = notice;
+    match event {
+        HoldEvent::Held => tracing::warn!(
+            %export, %operation, no_space, error = message,
+            "a request failed and is held until it is resumed"
+        ),
+        HoldEvent::GivenUp => tracing::warn!(
+            %export, %operation, no_space, error = message,
+            "a held request was completed with its failure, as its queue was stopped"
+        ),
     }
 }
 

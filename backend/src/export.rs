@@ -1,7 +1,8 @@
 //! Exports: a node offered to a guest, and where its virtqueues are served.
 //!
-//! An export outlives its front-ends: which worker serves which queue, the write cache mode and the
-//! counters are here, while what one connection negotiated is in its session.
+//! An export outlives its front-ends: which worker serves which queue, the write cache mode, what becomes
+//! of requests that fail and the counters are here, while what one connection negotiated is in its
+//! session.
 //!
 //! Threads: the control thread. Workers are asked by message and waited for without blocking; one
 //! change of an export's queues runs at a time, the others wait in order.
@@ -11,10 +12,12 @@ use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use blockcore::driver::Limits;
 use blockcore::graph::{Control, ExportState, RootId, RootSpec, RootUser};
+use blockcore::io::account::{Account, AccountOptions, AccountSum, Histogram, Kind, Recorder};
+use blockcore::io::policy::IoStatus;
 use blockcore::io::{ContextHandle, Plan};
 use blockcore::mailbox::Mailbox;
 use blockcore::turns::Turns;
@@ -25,7 +28,9 @@ use crate::config::ExportConfig;
 use crate::vhost_user::memory::GuestMap;
 use crate::virtio::blk::{self, DiskInfo};
 use crate::virtio::queue::RingState;
-use crate::worker::{Command, DeviceId, Disk, QueueKey, StartQueue, Stats};
+use crate::worker::{
+    Command, DeviceId, Disk, HeldRequest, Holds, Notice, Parked, QueueKey, StartQueue, Stop,
+};
 
 /// A worker as the control thread knows it.
 #[derive(Clone)]
@@ -74,14 +79,23 @@ pub struct Export {
     workers: Vec<WorkerHandle>,
     /// The worker of each queue, by index.
     assignment: RefCell<Vec<usize>>,
-    stats: Vec<Arc<Stats>>,
+    /// What was counted, by queue.
+    accounts: Vec<Arc<Account>>,
+    /// Who writes the accounts; with the workers of the queues that are served.
+    recorders: RefCell<Vec<Option<Recorder>>>,
+    /// Requests of no known kind, and broken rings.
+    nonsense: Arc<AtomicU64>,
+    holds: Arc<Holds>,
     /// Queues that are served, with how they were set up.
     running: RefCell<BTreeMap<u16, QueueSetup>>,
+    /// Held requests of queues that are to be started again, with the rings that they belong to.
+    parked: RefCell<BTreeMap<u16, (RingState, Vec<Parked>)>>,
     turns: Turns,
 }
 
 impl Export {
-    /// Offers a node; its queues go to `workers` in turn, beginning with the one numbered `first`.
+    /// Offers a node; its queues go to `workers` in turn, beginning with the one numbered `first`. What
+    /// happens to held requests is posted to `notices`.
     ///
     /// # Errors
     ///
@@ -94,6 +108,7 @@ impl Export {
         workers: Vec<WorkerHandle>,
         first: usize,
         root: RootSide,
+        notices: Arc<Mailbox<Notice>>,
     ) -> Result<Rc<Self>, Error> {
         config.check()?;
         let block_bytes = control.read(|graph| {
@@ -120,6 +135,19 @@ impl Export {
             }
         }
         let queues = usize::from(config.queues);
+        let now = control.context().engine().now();
+        let accounts = (0..queues).map(|_| Account::open(AccountOptions::default(), now));
+        let accounts: Vec<_> = accounts.collect::<Result<_, _>>()?;
+        let (accounts, recorders) = accounts.into_iter().map(|(a, r)| (a, Some(r))).unzip();
+        let mailboxes = workers.iter().map(|worker| Arc::clone(&worker.commands));
+        let holds = Holds::new(
+            config.id.as_str().into(),
+            device,
+            config.on_error,
+            config.retry_held,
+            mailboxes.collect(),
+            notices,
+        );
         Ok(Rc::new(Self {
             device,
             control: control.clone(),
@@ -128,8 +156,12 @@ impl Export {
             writeback: Cell::new(!config.writethrough),
             assignment: RefCell::new((0..queues).map(|i| (first + i) % workers.len()).collect()),
             workers,
-            stats: (0..queues).map(|_| Arc::default()).collect(),
+            accounts,
+            recorders: RefCell::new(recorders),
+            nonsense: Arc::default(),
+            holds,
             running: RefCell::default(),
+            parked: RefCell::default(),
             turns: Turns::default(),
             config,
         }))
@@ -157,20 +189,68 @@ impl Export {
         }
     }
 
-    /// Serves a queue.
+    /// Serves a queue. Requests that were held when it was [suspended](Self::suspend_queue) are held
+    /// again, if the ring goes on where it was.
     ///
     /// # Errors
     ///
     /// What is wrong with its ring.
     pub async fn start_queue(&self, index: u16, setup: QueueSetup) -> Result<(), String> {
         let _turn = self.turns.next().await;
-        self.start(index, setup).await
+        let parked = self.parked.borrow_mut().remove(&index);
+        let goes_on =
+            |ring: &RingState| (ring.size, ring.next) == (setup.ring.size, setup.ring.next);
+        let parked = parked.filter(|(ring, _)| goes_on(ring));
+        self.start(
+            index,
+            setup,
+            parked.map_or_else(Vec::new, |(_, parked)| parked),
+        )
+        .await
     }
 
-    /// Stops a queue with nothing of it in flight; `None` if it was not served.
+    /// Stops a queue with nothing of it in flight; `None` if it was not served. Held requests complete
+    /// with the failures that they met.
     pub async fn stop_queue(&self, index: u16) -> Option<RingState> {
         let _turn = self.turns.next().await;
-        self.stop(index).await.map(|setup| setup.ring)
+        // Of an earlier suspension: their ring is gone.
+        self.parked.borrow_mut().remove(&index);
+        let (setup, _) = self.stop(index, Stop::End).await?;
+        Some(setup.ring)
+    }
+
+    /// Stops a queue that is to be started again, set up another way: held requests go on being held, and
+    /// count as taken in the ring's state. `None` if it was not served.
+    pub async fn suspend_queue(&self, index: u16) -> Option<RingState> {
+        let _turn = self.turns.next().await;
+        let (setup, parked) = self.stop(index, Stop::TakeAlong).await?;
+        if !parked.is_empty() {
+            let parked = (setup.ring, parked);
+            self.parked.borrow_mut().insert(index, parked);
+        }
+        Some(setup.ring)
+    }
+
+    /// Tries held requests again, on all workers. Those that fail again are held again, and reported.
+    pub async fn resume(&self) {
+        // Not while a queue is on its way with some of them.
+        let _turn = self.turns.next().await;
+        self.holds.reset_status();
+        let device = self.device;
+        self.ask_all(|reply| Command::Resume(device, reply)).await;
+    }
+
+    /// The requests that are held, but for those of queues that are moved or set up anew just now.
+    pub async fn held(&self) -> Vec<HeldRequest> {
+        let device = self.device;
+        let held = self.ask_all(|reply| Command::ListHeld(device, reply)).await;
+        held.into_iter().flatten().collect()
+    }
+
+    /// Whether the guest's requests were stopped for a failure since the last resume; `None` if the
+    /// export's policies never stop.
+    pub fn io_status(&self) -> Option<IoStatus> {
+        self.holds.status()
     }
 
     /// Tells the guest of a queue's completions by another descriptor.
@@ -194,18 +274,9 @@ impl Export {
     pub async fn set_writeback(&self, writeback: bool) -> Result<(), IoError> {
         let _turn = self.turns.next().await;
         self.writeback.set(writeback);
-        let mut replies = Vec::new();
-        for worker in &self.workers {
-            let (reply, answer) = oneshot::channel();
-            worker
-                .commands
-                .post(Command::SetWriteback(self.device, writeback, reply));
-            replies.push(answer);
-        }
-        for answer in replies {
-            // A worker that has ended completes nothing any more.
-            let _ = answer.await;
-        }
+        let device = self.device;
+        self.ask_all(|reply| Command::SetWriteback(device, writeback, reply))
+            .await;
         if writeback || !self.config.writable {
             return Ok(());
         }
@@ -223,7 +294,7 @@ impl Export {
         root.map_err(|_| IoError::Failed)?.flush().await
     }
 
-    /// Moves a queue to another worker, running or not.
+    /// Moves a queue to another worker, running or not. Held requests go along.
     ///
     /// # Errors
     ///
@@ -237,12 +308,12 @@ impl Export {
             )));
         }
         let _turn = self.turns.next().await;
-        let stopped = self.stop(index).await;
+        let stopped = self.stop(index, Stop::TakeAlong).await;
         self.assignment.borrow_mut()[usize::from(index)] = worker;
-        if let Some(setup) = stopped {
+        if let Some((setup, parked)) = stopped {
             // A queue that nobody serves would hang its guest; a lost connection it can see.
             let hang_up = Arc::clone(&setup.hang_up);
-            let started = self.start(index, setup).await;
+            let started = self.start(index, setup, parked).await;
             started.inspect_err(|_| hang_up()).map_err(Error::invalid)?;
         }
         Ok(())
@@ -274,23 +345,58 @@ impl Export {
         plan.expect("an export has its root until it is closed")
     }
 
-    /// One line of counters, as `SIGUSR1` prints it.
+    /// What its guests' requests counted as, all queues together.
+    pub fn account(&self) -> AccountSum {
+        let mut sum = AccountSum::new(self.control.context().engine().now());
+        for account in &self.accounts {
+            sum.add(account);
+        }
+        sum
+    }
+
+    /// Counts latencies of one kind of requests from now on, in bins between these boundaries; in none
+    /// without boundaries.
+    ///
+    /// # Errors
+    ///
+    /// As [`Histogram::new`]; nothing has changed.
+    pub fn set_histogram(&self, kind: Kind, boundaries_ns: Option<&[u64]>) -> Result<(), Error> {
+        let histogram = boundaries_ns.map(Histogram::new).transpose()?;
+        for account in &self.accounts {
+            account.set_histogram(kind, histogram.as_ref().map(Histogram::fresh));
+        }
+        Ok(())
+    }
+
+    /// One line of counters, as `SIGUSR1` prints it: requests that ended, well or not, by kind; those that
+    /// failed or made no sense; and the average latency of each kind in microseconds.
     pub fn stats_line(&self) -> String {
-        let sum = |counter: fn(&Stats) -> &std::sync::atomic::AtomicU64| {
-            let values = self.stats.iter();
-            values
-                .map(|stats| counter(stats).load(Ordering::Relaxed))
-                .sum::<u64>()
+        let sum = self.account();
+        let kind = |kind| sum.kind(kind);
+        let ended = |one| kind(one).operations + kind(one).failed;
+        let errors: u64 = Kind::ALL
+            .into_iter()
+            .map(|one| kind(one).failed + kind(one).invalid)
+            .sum();
+        let average_us = |one| {
+            let average_ns = kind(one).time_ns.checked_div(ended(one));
+            average_ns.unwrap_or(0) / 1000
         };
         format!(
-            "stats export={} reads={} writes={} flushes={} discards={} errors={} host_syncs={}",
+            "stats export={} reads={} writes={} flushes={} discards={} errors={} host_syncs={} \
+             read_us={} write_us={} flush_us={} discard_us={} zero_us={}",
             self.config.id,
-            sum(|stats| &stats.reads),
-            sum(|stats| &stats.writes),
-            sum(|stats| &stats.flushes),
-            sum(|stats| &stats.ranges),
-            sum(|stats| &stats.errors),
-            self.plan().host_syncs()
+            ended(Kind::Read),
+            ended(Kind::Write),
+            ended(Kind::Flush),
+            ended(Kind::Discard) + ended(Kind::WriteZeroes),
+            errors + self.nonsense.load(Ordering::Relaxed),
+            self.plan().host_syncs(),
+            average_us(Kind::Read),
+            average_us(Kind::Write),
+            average_us(Kind::Flush),
+            average_us(Kind::Discard),
+            average_us(Kind::WriteZeroes),
         )
     }
 
@@ -301,7 +407,14 @@ impl Export {
         }
     }
 
-    async fn start(&self, index: u16, setup: QueueSetup) -> Result<(), String> {
+    async fn start(
+        &self,
+        index: u16,
+        setup: QueueSetup,
+        parked: Vec<Parked>,
+    ) -> Result<(), String> {
+        let gone = || "its worker has ended".to_owned();
+        let recorder = self.recorders.borrow_mut()[usize::from(index)].take();
         let start = StartQueue {
             key: self.key(index),
             ring: setup.ring,
@@ -315,30 +428,57 @@ impl Export {
                 block_bytes: self.block_bytes,
                 read_only: !self.config.writable,
                 id: blk::id(&self.config.serial),
+                holds: Arc::clone(&self.holds),
             },
             writeback: self.writeback.get() && setup.guest_flushes,
             hang_up: Arc::clone(&setup.hang_up),
-            stats: Arc::clone(&self.stats[usize::from(index)]),
+            parked,
+            // It went with its worker, if it is not here.
+            recorder: recorder.ok_or_else(gone)?,
+            nonsense: Arc::clone(&self.nonsense),
         };
         let started = self.ask(index, |reply| Command::Start(Box::new(start), reply));
-        started
-            .await
-            .unwrap_or_else(|| Err("its worker has ended".into()))?;
+        if let Err(refused) = started.await.ok_or_else(gone)? {
+            self.keep_recorder(index, refused.start.recorder);
+            return Err(refused.why);
+        }
         self.running.borrow_mut().insert(index, setup);
         Ok(())
     }
 
-    async fn stop(&self, index: u16) -> Option<QueueSetup> {
+    async fn stop(&self, index: u16, how: Stop) -> Option<(QueueSetup, Vec<Parked>)> {
         if !self.running.borrow().contains_key(&index) {
             return None;
         }
         let key = self.key(index);
-        let state = self.ask(index, |reply| Command::Stop(key, reply)).await;
+        let stopped = self.ask(index, |reply| Command::Stop(key, how, reply));
+        let stopped = stopped.await.flatten();
         let mut setup = self.running.borrow_mut().remove(&index)?;
-        if let Some(Some(ring)) = state {
-            setup.ring = ring;
+        let Some(stopped) = stopped else {
+            return Some((setup, Vec::new()));
+        };
+        setup.ring = stopped.ring;
+        self.keep_recorder(index, stopped.recorder);
+        Some((setup, stopped.parked))
+    }
+
+    fn keep_recorder(&self, index: u16, recorder: Recorder) {
+        self.recorders.borrow_mut()[usize::from(index)] = Some(recorder);
+    }
+
+    /// Asks every worker and waits for the answers; one that has ended gives none.
+    async fn ask_all<T>(&self, command: impl Fn(oneshot::Sender<T>) -> Command) -> Vec<T> {
+        let mut answers = Vec::new();
+        for worker in &self.workers {
+            let (reply, answer) = oneshot::channel();
+            worker.commands.post(command(reply));
+            answers.push(answer);
         }
-        Some(setup)
+        let mut all = Vec::new();
+        for answer in answers {
+            all.extend(answer.await);
+        }
+        all
     }
 
     /// Asks the worker of a queue and waits for its answer; `None` if the worker is gone.

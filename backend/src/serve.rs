@@ -5,8 +5,10 @@ use std::io::{self, Read};
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::rc::Rc;
+use std::time::Duration;
 
 use blockcore::driver::DriverType;
+use blockcore::io::policy::{ErrorPolicy, OnError};
 use blockcore::options::Options;
 use blockcore::{Error, ErrorKind};
 
@@ -16,6 +18,9 @@ use crate::daemon::Daemon;
 
 /// The node's and the export's name.
 const NAME: &str = "disk";
+/// After what time writes that the host had no space for are tried again: soon enough for who has just
+/// made room, seldom enough for a host that has none.
+const RETRY: Duration = Duration::from_secs(3);
 
 /// What a file's beginning tells of its format; given by `main`, which knows the formats.
 pub struct Probe {
@@ -63,6 +68,11 @@ pub fn build(
         queues: args.queues,
         block_bytes: args.block_size,
         serial: args.serial.clone(),
+        on_error: ErrorPolicy {
+            writes: OnError::Enospc,
+            ..ErrorPolicy::default()
+        },
+        retry_held: Some(RETRY),
     })?;
     Ok(daemon)
 }

@@ -104,7 +104,7 @@ impl Control {
         drained
     }
 
-    /// Whether no drained section holds any root; for tests and queries.
+    /// Whether a drained section is open, or about to begin; for tests and queries.
     pub fn is_drained(&self) -> bool {
         self.read(|graph| !graph.sections.is_empty())
     }

@@ -139,7 +139,8 @@ pub enum IoError {
 impl From<Errno> for IoError {
     fn from(errno: Errno) -> Self {
         match errno {
-            Errno::NOSPC | Errno::DQUOT | Errno::FBIG => Self::NoSpace,
+            // Not a file that may not get longer: room on the host does not help that.
+            Errno::NOSPC | Errno::DQUOT => Self::NoSpace,
             Errno::OPNOTSUPP | Errno::NOSYS | Errno::NOTTY => Self::Unsupported,
             Errno::ROFS | Errno::PERM => Self::ReadOnly,
             _ => Self::Failed,
@@ -181,5 +182,6 @@ mod tests {
     fn a_full_disk_has_a_word_of_its_own() {
         assert_eq!(IoError::from(Errno::NOSPC), IoError::NoSpace);
         assert_eq!(IoError::from(Errno::IO), IoError::Failed);
+        assert_eq!(IoError::from(Errno::FBIG), IoError::Failed);
     }
 }

@@ -12,7 +12,13 @@ use blockcore::driver::DriverType;
 
 /// Every driver, filters too, for registration.
 pub fn drivers() -> Vec<&'static DriverType> {
-    let mut drivers = vec![&file::FILE, &file::HOST_DEVICE, &raw::RAW, &null::NULL_CO];
+    let mut drivers = vec![
+        &file::FILE,
+        &file::HOST_DEVICE,
+        &raw::RAW,
+        &null::NULL_CO,
+        &null::NULL_AIO,
+    ];
     drivers.extend(blockcore::filter::drivers());
     drivers
 }

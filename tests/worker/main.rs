@@ -17,12 +17,14 @@ mod server;
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use backend::export::{Export, RootSide, WorkerHandle};
 use backend::worker::DeviceId;
 use blockcore::engine::sim::{Random, Simulation, Worker};
 use blockcore::graph::Control;
+use blockcore::mailbox::Mailbox;
 use blockcore::{Error, ErrorKind};
 use harness::history::History;
 
@@ -259,6 +261,7 @@ impl Test {
         let config = self.case.export(self.read_only.get());
         for _ in 0..10_000 {
             let (control, config, workers) = (control.clone(), config.clone(), workers.clone());
+            let notices = Mailbox::new(Arc::clone(office.context().engine().sleeper()));
             let offering = async move {
                 Export::new(
                     config,
@@ -267,6 +270,7 @@ impl Test {
                     workers,
                     first,
                     RootSide::default(),
+                    notices,
                 )
                 .await
             };

@@ -138,6 +138,8 @@ struct Vring {
     error: Option<Arc<OwnedFd>>,
     enabled: bool,
     running: bool,
+    /// Stopped for a change, with its held requests kept.
+    suspended: bool,
 }
 
 struct Session {
@@ -252,7 +254,8 @@ impl Session {
             Some(Err(why)) => return self.refuse(format!("queue {index}: {why}")),
             None => return Err(Error::Disconnected),
         }
-        self.vrings[index].running = true;
+        let vring = &mut self.vrings[index];
+        (vring.running, vring.suspended) = (true, false);
         Ok(())
     }
 
@@ -260,14 +263,31 @@ impl Session {
         (0..self.vrings.len()).try_for_each(|index| self.settle(index))
     }
 
-    /// Stops a ring with nothing in flight, keeping the index that it has reached.
+    /// Stops a ring with nothing in flight, keeping the index that it has reached. Held requests complete
+    /// with the failures that they met.
     fn stop(&mut self, index: usize) {
-        if !std::mem::take(&mut self.vrings[index].running) {
+        let vring = &mut self.vrings[index];
+        let ran = std::mem::take(&mut vring.running);
+        if !std::mem::take(&mut vring.suspended) && !ran {
             return;
         }
         let state = self.control.queue(&self.export, move |export| async move {
             export.stop_queue(index as u16).await
         });
+        if let Some(Some(state)) = state {
+            self.vrings[index].next = state.next;
+        }
+    }
+
+    /// Stops a ring that is to be started again, set up another way; held requests go on being held.
+    fn suspend(&mut self, index: usize) {
+        if !std::mem::take(&mut self.vrings[index].running) {
+            return;
+        }
+        let state = self.control.queue(&self.export, move |export| async move {
+            export.suspend_queue(index as u16).await
+        });
+        self.vrings[index].suspended = true;
         if let Some(Some(state)) = state {
             self.vrings[index].next = state.next;
         }
@@ -279,7 +299,7 @@ impl Session {
 
     /// Stops every ring, changes something, and starts those again that still can run.
     fn with_rings_stopped(&mut self, change: impl FnOnce(&mut Self)) -> Result<()> {
-        self.stop_all();
+        (0..self.vrings.len()).for_each(|index| self.suspend(index));
         change(self);
         self.settle_all()
     }
@@ -474,7 +494,7 @@ impl VhostUserBackendReqHandlerMut for Session {
                 ));
             }
         }
-        self.stop(index as usize);
+        self.suspend(index as usize);
         self.vring(index)?.addresses = Some(addresses);
         self.settle(index as usize)
     }
@@ -503,7 +523,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         let index = u32::from(index);
         self.vring(index)?;
         let kick = self.adopt(fd)?;
-        self.stop(index as usize);
+        self.suspend(index as usize);
         self.vring(index)?.kick = Some(kick);
         self.settle(index as usize)
     }

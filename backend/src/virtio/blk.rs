@@ -2,6 +2,7 @@
 //!
 //! Virtio 1.x, "Block Device". Sectors are 512 bytes and exist in this file only.
 
+use blockcore::io::account::Kind;
 use virtio_bindings::virtio_blk as spec;
 
 /// Bytes of a sector, whatever the block size.
@@ -126,6 +127,19 @@ pub fn parse(
             Ok(Request::WriteZeroes { ranges })
         }
         _ => Err(Status::Unsupported),
+    }
+}
+
+/// What a request counts as by its header, be it valid or not; `None` for identification and for what the
+/// device does not have.
+pub fn kind(header: [u8; HEADER_BYTES as usize]) -> Option<Kind> {
+    match u32::from_le_bytes(header[0..4].try_into().expect("four bytes")) {
+        spec::VIRTIO_BLK_T_IN => Some(Kind::Read),
+        spec::VIRTIO_BLK_T_OUT => Some(Kind::Write),
+        spec::VIRTIO_BLK_T_FLUSH => Some(Kind::Flush),
+        spec::VIRTIO_BLK_T_DISCARD => Some(Kind::Discard),
+        spec::VIRTIO_BLK_T_WRITE_ZEROES => Some(Kind::WriteZeroes),
+        _ => None,
     }
 }
 

@@ -247,7 +247,19 @@ impl Ring {
         })
     }
 
-    /// The state, with nothing in flight.
+    /// Counts `heads` as taken and not completed, as they were when the state was that of an earlier ring
+    /// of the same size.
+    pub fn take_along(&mut self, heads: impl IntoIterator<Item = u16>) {
+        for head in heads {
+            let place = &mut self.in_flight[usize::from(head)];
+            assert!(!std::mem::replace(place, true), "taken once");
+            self.next_used = self.next_used.wrapping_sub(1);
+        }
+        self.published = self.next_used;
+        self.announced = self.next_used;
+    }
+
+    /// The state, with nothing in flight but what another ring will [take along](Self::take_along).
     pub fn state(&self) -> RingState {
         self.state
     }
@@ -301,6 +313,16 @@ impl Ring {
         self.in_flight[usize::from(head)] = true;
         self.state.next = self.state.next.wrapping_add(1);
         Ok(true)
+    }
+
+    /// Walks the chain of a request that was taken and not completed once more.
+    ///
+    /// # Errors
+    ///
+    /// The guest has changed it into one that no request has: the ring is broken.
+    pub fn take_again(&self, head: u16, chain: &mut Chain) -> Result<(), RingError> {
+        debug_assert!(self.in_flight[usize::from(head)], "taken before");
+        self.walk(head, chain)
     }
 
     /// Undoes the last [`pop`](Self::pop), of a chain that turned out to be no request. What was not

@@ -1,17 +1,16 @@
 //! A device's disk on one worker: what its requests run against, and the way with a task.
 //!
-//! Threads: the worker's; [`Disk`] and [`Stats`] come from the control thread.
+//! Threads: the worker's; [`Disk`] comes from the control thread.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
-use blockcore::IoError;
 use blockcore::driver::{WriteFlags, ZeroFlags};
 use blockcore::io::buffer::Segments;
 use blockcore::io::{IoContext, Request, Root};
 
+use super::held::{Failure, Holds};
 use crate::virtio::blk::{self, Geometry, Range};
 
 /// What the device is besides its plan.
@@ -25,26 +24,8 @@ pub struct Disk {
     pub read_only: bool,
     /// What GET_ID answers.
     pub id: [u8; blk::ID_BYTES],
-}
-
-/// Counters of one queue. Only the worker that serves it adds; anybody may read.
-#[derive(Default)]
-pub struct Stats {
-    /// Reads completed, failed ones included.
-    pub reads: AtomicU64,
-    /// Writes completed, failed ones included.
-    pub writes: AtomicU64,
-    /// Flushes completed, failed ones included.
-    pub flushes: AtomicU64,
-    /// Discards and zeroings completed, failed ones included.
-    pub ranges: AtomicU64,
-    /// Requests that did not end well, invalid ones included.
-    pub errors: AtomicU64,
-}
-
-pub(super) fn count(counter: &AtomicU64) {
-    // One writer: no need of an atomic addition.
-    counter.store(counter.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+    /// What becomes of requests that fail.
+    pub holds: Arc<Holds>,
 }
 
 /// The disk of a device, as far as this worker serves it.
@@ -65,16 +46,16 @@ impl Served {
 
     /// Comes between the end of a change and its completion. The mode that holds now counts, not the
     /// one in which the change began: a guest that has left writeback sends no flush for it.
-    pub(super) async fn settle(&self, request: &Request) -> Result<(), IoError> {
+    pub(super) async fn settle(&self, request: &Request) -> Result<(), Failure> {
         match self.writeback.get() {
             true => Ok(()),
-            false => request.flush().await,
+            false => request.flush().await.map_err(Failure::of_flush),
         }
     }
 }
 
 /// Outcomes of requests that took the slow way, on their way back to their queues.
-pub(super) type Finished = Rc<RefCell<Vec<(u64, Result<(), IoError>)>>>;
+pub(super) type Finished = Rc<RefCell<Vec<(u64, Result<(), Failure>)>>>;
 
 /// A request that takes the slow way.
 pub(super) enum Task {
@@ -86,11 +67,11 @@ pub(super) enum Task {
 }
 
 impl Task {
-    pub(super) async fn run(self, served: &Served, request: &Request) -> Result<(), IoError> {
+    pub(super) async fn run(self, served: &Served, request: &Request) -> Result<(), Failure> {
         let flags = WriteFlags::empty();
         match self {
-            Self::Read(offset, into) => return request.read(offset, into).await,
-            Self::Flush => return request.flush().await,
+            Self::Read(offset, into) => return Ok(request.read(offset, into).await?),
+            Self::Flush => return request.flush().await.map_err(Failure::of_flush),
             Self::Write(offset, from) => request.write(offset, from, flags).await?,
             Self::Discard(ranges) => {
                 for range in ranges {

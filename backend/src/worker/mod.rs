@@ -7,29 +7,36 @@
 //! Threads: everything here belongs to the worker. Others reach it by [`Command`]s in its mailbox and
 //! get one reply each; the worker waits for nobody.
 //!
-//! Invariants: a request is completed exactly once, by the worker that popped it, and after its last
-//! access to the guest's memory. A queue leaves the worker only with nothing of it in flight.
+//! Invariants: a request is completed exactly once, by the worker that has its queue, and after its last
+//! access to the guest's memory. A queue leaves the worker only with nothing of it in flight; requests
+//! that are held ([`Holds`]) go with it.
 
 mod disk;
+mod held;
 mod queue;
 
 use std::cell::Cell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
+use blockcore::IoError;
 use blockcore::engine::{Errno, Event, OpResult, WatchId};
 use blockcore::graph::RootId;
 use blockcore::io::IoContext;
+use blockcore::io::account::Recorder;
 use blockcore::io::buffer::Segments;
 use blockcore::mailbox::Mailbox;
 use futures_channel::oneshot;
 
-pub use self::disk::{Disk, Stats};
+pub use self::disk::Disk;
 use self::disk::{Finished, Served, Task, spawn, split};
-use self::queue::{Queue, Stopping};
+use self::held::Failure;
+pub use self::held::{HeldRequest, HoldEvent, Holds, Notice, Operation, Parked};
+use self::queue::{Queue, Stopping, Taken};
 use crate::polling::Polling;
 use crate::vhost_user::memory::{self, GuestMap, GuestView};
 use crate::virtio::blk::{self, Request};
@@ -69,18 +76,51 @@ pub struct QueueKey {
 
 /// What control asks of a worker.
 pub enum Command {
-    /// Serve a queue; the answer says what is wrong with its ring.
-    Start(Box<StartQueue>, oneshot::Sender<Result<(), String>>),
-    /// Take no more requests from a queue, finish those in flight, and give its state back; `None` if
-    /// it is not served here.
-    Stop(QueueKey, oneshot::Sender<Option<RingState>>),
+    /// Serve a queue; refused if something is wrong with its ring.
+    Start(Box<StartQueue>, oneshot::Sender<Result<(), Refused>>),
+    /// Take no more requests from a queue, finish those in flight, and give back what another can be
+    /// made of; `None` if it is not served here.
+    Stop(QueueKey, Stop, oneshot::Sender<Option<Stopped>>),
     /// Tell the guest of completions by another descriptor, or by none.
     SetCall(QueueKey, Option<Arc<OwnedFd>>, oneshot::Sender<()>),
     /// Whether writes of a device may complete before they are stable, from the reply on. What has
     /// completed before is the caller's to flush.
     SetWriteback(DeviceId, bool, oneshot::Sender<()>),
+    /// Try a device's held requests again. They are reported again if they fail.
+    Resume(DeviceId, oneshot::Sender<()>),
+    /// No change of a device is held any more: begin the flushes that waited for that.
+    LetFlushesGo(DeviceId),
+    /// Say which requests of a device are held here.
+    ListHeld(DeviceId, oneshot::Sender<Vec<HeldRequest>>),
     /// End, once no queue is served.
     Exit,
+}
+
+/// What becomes of a queue's held requests when it is stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// They complete with the failures that they met: nobody would complete them later.
+    End,
+    /// They go along to the queue that is started in its place.
+    TakeAlong,
+}
+
+/// What is left of a queue that was stopped.
+pub struct Stopped {
+    /// Its ring; what is parked counts as taken.
+    pub ring: RingState,
+    /// Its held requests.
+    pub parked: Vec<Parked>,
+    /// What counts its requests.
+    pub recorder: Recorder,
+}
+
+/// A queue that was not started.
+pub struct Refused {
+    /// What is wrong.
+    pub why: String,
+    /// What was asked for.
+    pub start: Box<StartQueue>,
 }
 
 /// Everything a worker needs to serve a queue.
@@ -105,8 +145,12 @@ pub struct StartQueue {
     pub writeback: bool,
     /// Ends the front-end's connection, without waiting.
     pub hang_up: Arc<dyn Fn() + Send + Sync>,
-    /// What is counted.
-    pub stats: Arc<Stats>,
+    /// Held requests of the queue in whose place it is started; its ring has as many descriptors.
+    pub parked: Vec<Parked>,
+    /// Counts its requests.
+    pub recorder: Recorder,
+    /// Counts requests of no known kind, and broken rings.
+    pub nonsense: Arc<AtomicU64>,
 }
 
 /// See the module's header.
@@ -193,6 +237,10 @@ impl Worker {
     pub fn turn(&mut self) -> bool {
         let mut progress = self.take_commands();
         self.look_for_faults();
+        let now = self.context.turn_time();
+        for queue in self.queues.iter_mut().flatten() {
+            queue.look_at_the_time(now);
+        }
         for slot in 0..self.queues.len() {
             progress |= self.pump(slot);
         }
@@ -234,6 +282,9 @@ impl Worker {
     /// Asks the guests to kick; returns whether the worker may sleep.
     pub fn arm(&mut self) -> bool {
         for queue in self.queues.iter_mut().flatten() {
+            if queue.may_try_again() {
+                return false;
+            }
             if !queue.armed && queue.may_pop() {
                 queue.armed = queue.watch.is_some();
                 if queue.ring.want_kicks() {
@@ -253,11 +304,14 @@ impl Worker {
             .flatten()
             .any(|queue| queue.watch.is_none() && queue.may_pop());
         let stopping = self.queues.iter().flatten().any(|q| q.stopping.is_some());
-        let limit = match (unkicked, stopping) {
-            (true, _) => Some(UNKICKED_LOOK),
-            (false, true) => Some(STUCK),
-            (false, false) => None,
-        };
+        let now = self.context.engine().now();
+        let retries = self.queues.iter().flatten().filter_map(|q| q.retry_at);
+        let limits = [
+            unkicked.then_some(UNKICKED_LOOK),
+            stopping.then_some(STUCK),
+            retries.min().map(|at| at.saturating_sub(now)),
+        ];
+        let limit = limits.into_iter().flatten().min();
         let commands = &self.commands;
         self.context
             .sleep(&mut self.events, limit, || commands.is_empty());
@@ -277,11 +331,12 @@ impl Worker {
     fn command(&mut self, command: Command) {
         let now = self.context.engine().now();
         match command {
-            Command::Start(start, reply) => self.start(*start, reply),
-            Command::Stop(key, reply) => match self.find(key) {
+            Command::Start(start, reply) => self.start(start, reply),
+            Command::Stop(key, how, reply) => match self.find(key) {
                 Some(queue) if queue.stopping.is_none() => {
                     queue.stopping = Some(Stopping {
                         reply,
+                        how,
                         report_at: Some(now + STUCK),
                     });
                 }
@@ -304,6 +359,19 @@ impl Worker {
                 }
                 let _ = reply.send(());
             }
+            Command::Resume(device, reply) => {
+                self.each_of(device).for_each(Queue::resume);
+                let _ = reply.send(());
+            }
+            Command::LetFlushesGo(device) => {
+                self.each_of(device).for_each(Queue::let_flushes_go);
+            }
+            Command::ListHeld(device, reply) => {
+                let held = self
+                    .each_of(device)
+                    .flat_map(|queue| queue.held_requests(now));
+                let _ = reply.send(held.collect());
+            }
             Command::Exit => self.exiting = true,
         }
     }
@@ -313,21 +381,27 @@ impl Worker {
         queues.find(|queue| queue.key == key)
     }
 
-    fn start(&mut self, start: StartQueue, reply: oneshot::Sender<Result<(), String>>) {
-        let view = GuestView::new(start.memory);
+    fn each_of(&mut self, device: DeviceId) -> impl Iterator<Item = &mut Queue> {
+        let queues = self.queues.iter_mut().flatten();
+        queues.filter(move |queue| queue.key.device == device)
+    }
+
+    fn start(&mut self, start: Box<StartQueue>, reply: oneshot::Sender<Result<(), Refused>>) {
+        let view = GuestView::new(Arc::clone(&start.memory));
         let max_chain = (blk::SEG_MAX + 2) as u16;
-        let ring = match Ring::new(start.ring, view, max_chain) {
-            Ok(ring) => ring,
+        let ring = Ring::new(start.ring, view, max_chain);
+        let root = self.context.root(start.root);
+        let root = root.ok_or_else(|| "its disk is gone".to_owned());
+        let (mut ring, root) = match ring.and_then(|ring| Ok((ring, root?))) {
+            Ok(both) => both,
             Err(why) => {
-                let _ = reply.send(Err(why));
+                let _ = reply.send(Err(Refused { why, start }));
                 return;
             }
         };
+        let start = *start;
         let device = start.key.device;
-        let Some(root) = self.context.root(start.root) else {
-            let _ = reply.send(Err("its disk is gone".into()));
-            return;
-        };
+        ring.take_along(start.parked.iter().map(|parked| parked.head));
         let served = self.disks.entry(device).or_insert_with(|| {
             if !self.fast_path {
                 root.disable_fast_path();
@@ -341,7 +415,15 @@ impl Worker {
         let served = Rc::clone(served);
         served.writeback.set(start.writeback);
         let size = usize::from(ring.size());
-        let queue = Queue {
+        // Held requests wait as long again: the queue begins anew.
+        let retry = served
+            .disk
+            .holds
+            .retry()
+            .filter(|_| !start.parked.is_empty());
+        let retry_at = retry.map(|retry| self.context.turn_time() + retry);
+        let flushes_may_go = !served.disk.holds.changes_are_held();
+        let mut queue = Queue {
             key: start.key,
             ring,
             served,
@@ -350,6 +432,9 @@ impl Worker {
             error: start.error,
             pending: std::iter::repeat_with(|| None).take(size).collect(),
             in_flight: 0,
+            parked: start.parked,
+            again: VecDeque::new(),
+            retry_at,
             armed: false,
             held: false,
             broken: false,
@@ -357,8 +442,13 @@ impl Worker {
             quiet_until: Duration::ZERO,
             unsaid: 0,
             hang_up: start.hang_up,
-            stats: start.stats,
+            recorder: start.recorder,
+            nonsense: start.nonsense,
         };
+        if flushes_may_go {
+            // They were on their way here when the last change was over.
+            queue.let_flushes_go();
+        }
         match self.queues.iter_mut().find(|slot| slot.is_none()) {
             Some(slot) => *slot = Some(queue),
             None => self.queues.push(Some(queue)),
@@ -390,32 +480,33 @@ impl Worker {
             return false;
         };
         queue.look_for_hold();
-        if queue.armed || !queue.may_pop() {
+        if !queue.may_pop() || (queue.armed && queue.again.is_empty()) {
             return false;
         }
-        let mut popped = false;
+        let mut progress = false;
         let batch = match (self.crowded, queue.served.root.is_direct()) {
             (true, _) => CROWDED_BATCH,
             (false, true) => DIRECT_BATCH,
             (false, false) => BATCH,
         };
+        let mut suppressed = false;
         for _ in 0..batch {
-            let begun = match queue.ring.pop(&mut self.chain) {
-                Ok(false) => break,
-                Ok(true) => queue
-                    .begin(slot, &mut self.chain, &self.context, &self.finished)
-                    .inspect_err(|_| queue.ring.put_back(self.chain.head)),
-                Err(error) => Err(error),
-            };
-            if !std::mem::replace(&mut popped, true) {
+            let taken = queue.take(slot, &mut self.chain, &self.context, &self.finished);
+            if matches!(taken, Ok(None)) {
+                break;
+            }
+            progress = true;
+            // A guest that is to kick must not be asked to leave that: nobody looks at its ring.
+            let new = !queue.armed && !matches!(taken, Ok(Some(Taken::Again)));
+            if new && !std::mem::replace(&mut suppressed, true) {
                 queue.ring.suppress_kicks();
             }
-            if let Err(error) = begun {
+            if let Err(error) = taken {
                 queue.break_down(error);
                 break;
             }
         }
-        popped
+        progress
     }
 
     fn kicked(&mut self, watch: WatchId) {
@@ -448,7 +539,7 @@ impl Worker {
             }
             Ok(done) => done,
             Err(Errno::INTR | Errno::AGAIN) => 0,
-            Err(error) => return queue.complete(head, Err(error.into())),
+            Err(error) => return queue.complete(head, Err(Failure::from(IoError::from(error)))),
         };
         // Cut short: the slow way sees the rest through, from an offset that suits every layer.
         let unit = u64::from(queue.served.root.limits().logical_block_bytes);
@@ -496,10 +587,10 @@ impl Worker {
             }
             let device = queue.key.device;
             let stopping = queue.stopping.take().expect("looked at above");
-            let _ = stopping.reply.send(Some(queue.ring.state()));
-            drop(queue);
+            let stopped = queue.stopped(stopping.how, &mut self.chain);
             // Nothing here keeps the memory mapped any longer.
             self.chain = Chain::default();
+            let _ = stopping.reply.send(Some(stopped));
             let last = |served: &Rc<Served>| Rc::strong_count(served) == 1;
             if self.disks.get(&device).is_some_and(last) {
                 self.disks.remove(&device);

@@ -1,32 +1,46 @@
-//! A virtqueue that is served: its ring, and the requests that were taken from it and not completed.
+//! A virtqueue that is served: its ring, and the requests that were taken from it and not completed,
+//! be they in flight or held ([`super::held`]).
 //!
 //! Threads: the worker's. A queue is made and ends in [`super::Worker`].
 
+use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use blockcore::IoError;
 use blockcore::engine::{Engine, WatchId};
+use blockcore::io::account::{Kind, Recorder};
 use blockcore::io::buffer::{Byte, Segments};
+use blockcore::io::policy::Action;
 use blockcore::io::{self, IoContext, RequestKind};
 use futures_channel::oneshot;
 
-use super::QueueKey;
-use super::disk::{Finished, Served, Stats, Task, count, spawn, token};
+use super::disk::{Finished, Served, Task, spawn, token};
+use super::held::{Failure, HeldRequest, Hold, HoldEvent, Parked};
+use super::{QueueKey, Stop, Stopped};
 use crate::virtio::blk::{self, Range, Request, Status};
-use crate::virtio::queue::{Chain, Ring, RingError, RingState};
+use crate::virtio::queue::{Chain, Ring, RingError};
 
 /// How long a queue that has reported a failed request only counts the next ones.
 const QUIET: Duration = Duration::from_secs(1);
 
-/// A request that was popped and is not completed.
+/// A request that was popped and is neither completed nor parked.
 pub(super) struct Pending {
     pub(super) request: Request,
     pub(super) status: Byte,
     /// Bytes written to the guest if it succeeds.
     pub(super) written: u32,
+    /// Bytes that it moves, discards or zeroes.
+    pub(super) bytes: u64,
+    /// When it was taken first, on the engine's clock.
+    pub(super) since: Duration,
+    /// Control knows that it was held.
+    pub(super) reported: bool,
+    /// It was held, and is tried again.
+    pub(super) hold: Option<Hold>,
     /// What has entered at the disk's root; `None` where a task has it, or the disk is not asked.
     pub(super) entered: Option<io::Request>,
 }
@@ -40,6 +54,12 @@ pub(super) struct Queue {
     pub(super) error: Option<Arc<OwnedFd>>,
     pub(super) pending: Vec<Option<Pending>>,
     pub(super) in_flight: usize,
+    /// Held requests, in the order in which they failed.
+    pub(super) parked: Vec<Parked>,
+    /// Held requests that are to be tried again, as soon as the queue may take some.
+    pub(super) again: VecDeque<Parked>,
+    /// When held requests are tried again by themselves.
+    pub(super) retry_at: Option<Duration>,
     /// The guest will kick for the next request: there is no need to look.
     pub(super) armed: bool,
     /// The disk's root was held at the last look: its guest may have kicked since.
@@ -50,12 +70,15 @@ pub(super) struct Queue {
     pub(super) quiet_until: Duration,
     pub(super) unsaid: u64,
     pub(super) hang_up: Arc<dyn Fn() + Send + Sync>,
-    pub(super) stats: Arc<Stats>,
+    pub(super) recorder: Recorder,
+    /// Requests of no kind that was counted, and broken rings.
+    pub(super) nonsense: Arc<AtomicU64>,
 }
 
 /// A queue that takes no more requests and ends when none is in flight.
 pub(super) struct Stopping {
-    pub(super) reply: oneshot::Sender<Option<RingState>>,
+    pub(super) reply: oneshot::Sender<Option<Stopped>>,
+    pub(super) how: Stop,
     /// When those who wait for it should read why, if it has not ended.
     pub(super) report_at: Option<Duration>,
 }
@@ -91,20 +114,51 @@ impl Queue {
         );
     }
 
-    /// Starts a request, or completes it at once; after an error it has done neither.
-    pub(super) fn begin(
+    /// Whether a held request can be tried again now.
+    pub(super) fn may_try_again(&self) -> bool {
+        !self.again.is_empty() && self.may_pop()
+    }
+
+    /// Takes the next request and starts it, or completes it at once: first those that are to be tried
+    /// again, then, unless the guest will kick for it, what is in the ring. `None` if there is nothing.
+    pub(super) fn take(
         &mut self,
         slot: usize,
         chain: &mut Chain,
         context: &IoContext,
         finished: &Finished,
-    ) -> Result<(), RingError> {
-        let head = chain.head;
-        let no_status = RingError::NoStatus(head);
-        if chain.outside && !chain.status_inside {
-            return Err(no_status);
+    ) -> Result<Option<Taken>, RingError> {
+        if let Some(parked) = self.again.pop_front() {
+            let walked = self.ring.take_again(parked.head, chain);
+            match walked.and_then(|()| status_of(chain)) {
+                Ok(status) => self.begin(slot, chain, status, Some(parked), context, finished),
+                Err(error) => {
+                    self.parked.push(parked);
+                    return Err(error);
+                }
+            }
+            return Ok(Some(Taken::Again));
         }
-        let status = chain.writable.take_last_byte().ok_or(no_status)?;
+        if self.armed || !self.ring.pop(chain)? {
+            return Ok(None);
+        }
+        let status = status_of(chain).inspect_err(|_| self.ring.put_back(chain.head))?;
+        self.begin(slot, chain, status, None, context, finished);
+        Ok(Some(Taken::New))
+    }
+
+    /// Starts a request, parks it, or completes it at once.
+    fn begin(
+        &mut self,
+        slot: usize,
+        chain: &mut Chain,
+        status: Byte,
+        earlier: Option<Parked>,
+        context: &IoContext,
+        finished: &Finished,
+    ) {
+        let head = chain.head;
+        let now = context.turn_time();
         let mut header = [0; blk::HEADER_BYTES as usize];
         let whole = !chain.outside && chain.readable.copy_to(&mut header) == header.len();
         let request = if whole {
@@ -117,17 +171,28 @@ impl Queue {
         let request = match request {
             Ok(request) => request,
             Err(refused) => {
-                count(&self.stats.errors);
+                match blk::kind(header).filter(|_| whole) {
+                    Some(kind) => self.recorder.invalid(kind, now),
+                    None => self.count_nonsense(),
+                }
                 status.set(refused as u8);
                 self.ring.push(head, 1);
-                return Ok(());
+                return;
             }
         };
         self.in_flight += 1;
+        let (since, reported, hold) = match earlier {
+            Some(earlier) => (earlier.since, earlier.reported, earlier.hold),
+            None => (now, false, None),
+        };
         self.pending[usize::from(head)] = Some(Pending {
             request,
             status,
             written: 1,
+            bytes: 0,
+            since,
+            reported,
+            hold,
             entered: None,
         });
         let served = Rc::clone(&self.served);
@@ -135,9 +200,11 @@ impl Queue {
         let (kind, offset, bytes) = match request {
             Request::GetId => {
                 let bytes = chain.writable.copy_from(&served.disk.id);
-                self.set_written(head, bytes as u32 + 1);
-                self.complete(head, Ok(()));
-                return Ok(());
+                self.pending_mut(head).written = bytes as u32 + 1;
+                return self.complete(head, Ok(()));
+            }
+            Request::Flush if served.disk.holds.changes_are_held() => {
+                return self.park(head, None);
             }
             Request::Read { offset, bytes } => (RequestKind::Read, offset, bytes),
             Request::Write { offset, bytes } => (RequestKind::Write, offset, bytes),
@@ -145,12 +212,13 @@ impl Queue {
             Request::Discard { .. } => (RequestKind::Discard, 0, 0),
             Request::WriteZeroes { .. } => (RequestKind::WriteZeroes, 0, 0),
         };
+        self.pending_mut(head).bytes = bytes;
         let entered = served.root.try_enter(kind, offset, bytes);
         let entered = entered.expect("nothing is popped while the root is held");
         let task = match request {
             Request::Read { offset, bytes } => {
                 let written = u32::try_from(bytes + 1).unwrap_or(u32::MAX);
-                self.set_written(head, written);
+                self.pending_mut(head).written = written;
                 match entered.start_read(offset, std::mem::take(&mut chain.writable), token) {
                     Ok(()) => return self.keep(head, entered),
                     Err(into) => Task::Read(offset, into),
@@ -169,32 +237,28 @@ impl Queue {
             Request::GetId => unreachable!("answered above"),
             Request::Discard { .. } | Request::WriteZeroes { .. } => {
                 let discard = matches!(request, Request::Discard { .. });
-                match self.ranges(&chain.readable, discard) {
-                    Ok(ranges) if discard => Task::Discard(ranges),
-                    Ok(ranges) => Task::WriteZeroes(ranges),
-                    Err(refused) => {
-                        self.finish(head, refused);
-                        return Ok(());
-                    }
+                let ranges = match self.ranges(&chain.readable, discard) {
+                    Ok(ranges) => ranges,
+                    Err(refused) => return self.finish(head, refused, Ended::Invalid),
+                };
+                self.pending_mut(head).bytes = ranges.iter().map(|range| range.bytes).sum();
+                match discard {
+                    true => Task::Discard(ranges),
+                    false => Task::WriteZeroes(ranges),
                 }
             }
         };
         spawn(context, finished, token, served, entered, task);
-        Ok(())
+    }
+
+    fn pending_mut(&mut self, head: u16) -> &mut Pending {
+        let pending = self.pending[usize::from(head)].as_mut();
+        pending.expect("in flight until completed or parked")
     }
 
     /// Keeps what an operation was started from until it is over.
-    fn keep(&mut self, head: u16, entered: io::Request) -> Result<(), RingError> {
-        if let Some(pending) = &mut self.pending[usize::from(head)] {
-            pending.entered = Some(entered);
-        }
-        Ok(())
-    }
-
-    pub(super) fn set_written(&mut self, head: u16, written: u32) {
-        if let Some(pending) = &mut self.pending[usize::from(head)] {
-            pending.written = written;
-        }
+    fn keep(&mut self, head: u16, entered: io::Request) {
+        self.pending_mut(head).entered = Some(entered);
     }
 
     /// Reads the ranges, once, and checks them all before the first takes effect.
@@ -208,16 +272,130 @@ impl Queue {
             .collect()
     }
 
-    pub(super) fn complete(&mut self, head: u16, result: Result<(), IoError>) {
-        let status = match result {
-            Ok(()) => Status::Ok,
-            Err(IoError::Unsupported) => Status::Unsupported,
-            Err(_) => Status::IoError,
+    /// The request's I/O is over: completes it, or parks it.
+    pub(super) fn complete(&mut self, head: u16, result: Result<(), Failure>) {
+        let Err(failure) = result else {
+            return self.finish(head, Status::Ok, Ended::Well);
         };
-        if let Err(error) = result {
-            self.report_failure(head, error);
+        let request = self.pending_mut(head).request;
+        let action = self.served.disk.holds.action(&request, failure);
+        if action == Action::Stop {
+            return self.park(head, Some(failure.error));
         }
-        self.finish(head, status);
+        self.report_failure(head, failure.error);
+        let status = match action {
+            Action::Ignore => Status::Ok,
+            _ => status_for(failure.error),
+        };
+        self.finish(head, status, Ended::Badly);
+    }
+
+    /// Unwinds a request, which waits from now on: for somebody's decision about `error`, or, a flush, for
+    /// the changes that do.
+    fn park(&mut self, head: u16, error: Option<IoError>) {
+        let pending = self.pending[usize::from(head)].take();
+        let pending = pending.expect("in flight until completed or parked");
+        self.in_flight -= 1;
+        let holds = &self.served.disk.holds;
+        let hold = match pending.hold {
+            None if error.is_some() => Some(holds.hold(&pending.request)),
+            hold => hold,
+        };
+        let parked = Parked {
+            head,
+            request: pending.request,
+            error,
+            since: pending.since,
+            reported: error.is_some(),
+            hold,
+        };
+        // Left at last, with the hold taken: whoever waits for the disk to be quiet finds it held.
+        drop(pending.entered);
+        if let Some(error) = error {
+            holds.stopped(error);
+            if !pending.reported {
+                holds.tell(HoldEvent::Held, &parked);
+            }
+        }
+        if let Some(retry) = holds.retry()
+            && self.retry_at.is_none()
+        {
+            self.retry_at = Some(self.served.root.context().turn_time() + retry);
+        }
+        self.parked.push(parked);
+    }
+
+    /// Tries held requests again: all of them.
+    pub(super) fn resume(&mut self) {
+        self.again
+            .extend(self.parked.drain(..).map(|parked| Parked {
+                reported: false,
+                ..parked
+            }));
+        self.retry_at = None;
+    }
+
+    /// Begins the flushes that waited for held changes.
+    pub(super) fn let_flushes_go(&mut self) {
+        let waits = |parked: &mut Parked| parked.error.is_none();
+        self.again.extend(self.parked.extract_if(.., waits));
+    }
+
+    /// Tries held requests again by itself, if it is time to.
+    pub(super) fn look_at_the_time(&mut self, now: Duration) {
+        if self.retry_at.is_some_and(|at| now >= at) {
+            self.retry_at = None;
+            self.again.extend(self.parked.drain(..));
+        }
+    }
+
+    /// Its held requests, for those who list them.
+    pub(super) fn held_requests(&self, now: Duration) -> impl Iterator<Item = HeldRequest> {
+        let index = self.key.index;
+        let held = self.parked.iter().chain(&self.again);
+        held.map(move |parked| HeldRequest {
+            queue: index,
+            request: parked.request,
+            error: parked.error,
+            age: now.saturating_sub(parked.since),
+        })
+    }
+
+    /// The end of a queue with nothing in flight: what another can be made of. Held requests go along, or
+    /// complete with what they met.
+    pub(super) fn stopped(mut self, how: Stop, chain: &mut Chain) -> Stopped {
+        let mut parked = std::mem::take(&mut self.parked);
+        parked.extend(self.again.drain(..));
+        if how == Stop::End {
+            for parked in parked.drain(..) {
+                self.give_up(parked, chain);
+            }
+            self.announce();
+        }
+        Stopped {
+            ring: self.ring.state(),
+            parked,
+            recorder: self.recorder,
+        }
+    }
+
+    fn give_up(&mut self, parked: Parked, chain: &mut Chain) {
+        let error = parked.error.unwrap_or(IoError::Failed);
+        let walked = self.ring.take_again(parked.head, chain);
+        let written = match walked.and_then(|()| status_of(chain)) {
+            Ok(status) => {
+                status.set(status_for(error) as u8);
+                1
+            }
+            // The guest took it apart meanwhile: there is no place for a status.
+            Err(_) => 0,
+        };
+        self.ring.push(parked.head, written);
+        if let Some(kind) = account_kind(&parked.request) {
+            let now = self.served.root.context().turn_time();
+            self.recorder.failed(kind, parked.since, now);
+        }
+        self.served.disk.holds.tell(HoldEvent::GivenUp, &parked);
     }
 
     pub(super) fn report_failure(&mut self, head: u16, error: IoError) {
@@ -238,27 +416,31 @@ impl Queue {
         );
     }
 
-    pub(super) fn finish(&mut self, head: u16, status: Status) {
+    fn finish(&mut self, head: u16, status: Status, ended: Ended) {
         let pending = self.pending[usize::from(head)].take();
         let mut pending = pending.expect("completed exactly once");
         // Ends, and counts as a change, before the guest can know of it.
         drop(pending.entered.take());
         self.in_flight -= 1;
-        count(match pending.request {
-            Request::Read { .. } | Request::GetId => &self.stats.reads,
-            Request::Write { .. } => &self.stats.writes,
-            Request::Flush => &self.stats.flushes,
-            Request::Discard { .. } | Request::WriteZeroes { .. } => &self.stats.ranges,
-        });
+        if let Some(kind) = account_kind(&pending.request) {
+            let now = self.served.root.context().turn_time();
+            match ended {
+                Ended::Well => self.recorder.done(kind, pending.bytes, pending.since, now),
+                Ended::Badly => self.recorder.failed(kind, pending.since, now),
+                Ended::Invalid => self.recorder.invalid(kind, now),
+            }
+        }
         let written = match status {
             Status::Ok => pending.written,
-            Status::IoError | Status::Unsupported => {
-                count(&self.stats.errors);
-                1
-            }
+            Status::IoError | Status::Unsupported => 1,
         };
         pending.status.set(status as u8);
         self.ring.push(head, written);
+    }
+
+    /// Only the queue's worker adds.
+    fn count_nonsense(&self) {
+        self.nonsense.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Shows the guest its completions, and calls it if it wants that.
@@ -280,7 +462,7 @@ impl Queue {
         if std::mem::replace(&mut self.broken, true) {
             return;
         }
-        count(&self.stats.errors);
+        self.count_nonsense();
         tracing::error!(
             export = %self.served.disk.export,
             queue = self.key.index,
@@ -290,5 +472,50 @@ impl Queue {
         if let Some(fd) = &self.error {
             let _ = rustix::io::write(fd, &1_u64.to_ne_bytes());
         }
+    }
+}
+
+/// Where a request came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Taken {
+    /// The ring.
+    New,
+    /// It was held.
+    Again,
+}
+
+/// How a request counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ended {
+    Well,
+    Badly,
+    Invalid,
+}
+
+/// Where a chain's status belongs.
+fn status_of(chain: &mut Chain) -> Result<Byte, RingError> {
+    let no_status = RingError::NoStatus(chain.head);
+    if chain.outside && !chain.status_inside {
+        return Err(no_status);
+    }
+    chain.writable.take_last_byte().ok_or(no_status)
+}
+
+fn status_for(error: IoError) -> Status {
+    match error {
+        IoError::Unsupported => Status::Unsupported,
+        _ => Status::IoError,
+    }
+}
+
+/// What a request counts as; identification is no I/O.
+fn account_kind(request: &Request) -> Option<Kind> {
+    match request {
+        Request::Read { .. } => Some(Kind::Read),
+        Request::Write { .. } => Some(Kind::Write),
+        Request::Flush => Some(Kind::Flush),
+        Request::Discard { .. } => Some(Kind::Discard),
+        Request::WriteZeroes { .. } => Some(Kind::WriteZeroes),
+        Request::GetId => None,
     }
 }

@@ -16,6 +16,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use super::compile::View;
+use super::node::DriverCell;
 use super::permission::{self, Permissions};
 use super::recording::{self, NewStates, Written};
 use super::reopen::Reopening;
@@ -53,6 +54,8 @@ pub(super) struct State {
     /// I/O halves from the commit on.
     pub(super) replaced: BTreeMap<NodeId, Arc<dyn DriverIo>>,
     pub(super) reopened: Vec<Reopening>,
+    /// Handed over by this change, in that order.
+    pub(super) inactivated: Vec<NodeId>,
     /// What drivers have been asked to be ready for.
     permissions: BTreeMap<NodeId, Cumulative>,
     pub(super) drained: Vec<Drained>,
@@ -102,6 +105,7 @@ impl Control {
                 removed: Vec::new(),
                 replaced: BTreeMap::new(),
                 reopened: Vec::new(),
+                inactivated: Vec::new(),
                 permissions: BTreeMap::new(),
                 drained: Vec::new(),
                 turn,
@@ -152,6 +156,13 @@ impl Change {
         found
             .map(|(id, _)| id)
             .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("there is no node '{name}'")))
+    }
+
+    pub(super) fn driver_of(&self, id: NodeId) -> DriverCell {
+        self.control.read(|graph| {
+            let node = self.state().node(graph, id);
+            node.expect("every vertex of a shape has a node").driver.clone()
+        })
     }
 
     pub(super) fn next_edge(&self) -> EdgeId {
@@ -527,6 +538,9 @@ async fn abort(control: &Control, mut state: Box<State>) {
         }
     }
     state.replaced.clear();
+    for id in std::mem::take(&mut state.inactivated).into_iter().rev() {
+        take_back(control, id).await;
+    }
     // The topmost first: what it holds back goes through those below.
     while let Some(id) = state.opened.pop() {
         let plan = control.read(|graph| {
@@ -543,6 +557,22 @@ async fn abort(control: &Control, mut state: Box<State>) {
             tracing::warn!(error = %error.report(), node = %node.name, "while closing again");
         }
         state.nodes.remove(&id);
+    }
+}
+
+/// Takes back a node that a change has handed over and that is given up. Its image was locked all the
+/// time.
+async fn take_back(control: &Control, id: NodeId) {
+    let found = control.read(|graph| {
+        let node = graph.nodes.get(&id)?;
+        let plan = graph.view().plan(id, Permissions::all(), &BTreeSet::new());
+        Some((node.driver.clone(), plan))
+    });
+    let Some((driver, plan)) = found else { return };
+    let root = Root::new(RootId(0), Rc::clone(&control.context), plan, false);
+    let activated = driver.take().activate(root).await;
+    if let Err(error) = activated {
+        tracing::error!(error = %error.report(), "a node that was to be inactive is neither");
     }
 }
 

@@ -230,6 +230,17 @@ impl Change {
         driver.take().stop_writing(root).await
     }
 
+    /// What children are to a node may depend on its options.
+    fn update_roles(&mut self, id: NodeId, options: &Options) {
+        let shape = &mut self.state_mut().shape;
+        let vertex = shape.vertex(id).clone();
+        for (index, edge) in vertex.children.iter().enumerate() {
+            if let Some(edge) = edge {
+                shape.edge_mut(*edge).role = vertex.kind.child_role(options, index);
+            }
+        }
+    }
+
     async fn reopen_driver(&mut self, entry: Entry) -> Result<(), Error> {
         let (id, kind) = (entry.node, self.state().shape.vertex(entry.node).kind);
         let (driver, before) = self.control().read(|graph| {
@@ -256,6 +267,7 @@ impl Change {
                 "cannot change the option '{option}' of node '{name}'"
             )));
         }
+        self.update_roles(id, &options);
         // As far as the shape says now: who writes to the node once the change is done.
         let writes = super::permission::Permissions::WRITE
             | super::permission::Permissions::WRITE_UNCHANGED

@@ -127,7 +127,7 @@ impl IoContext {
         self.roots.borrow_mut().remove(&id)
     }
 
-    /// The engine's clock as it was when this turn began.
+    /// The engine's clock as it was when this turn began, or the sleep before it ended.
     pub fn turn_time(&self) -> Duration {
         self.turn_time.get()
     }
@@ -243,6 +243,8 @@ impl IoContext {
         };
         // Wakes the sleeper: a simulated wait goes on after it has returned.
         self.engine.wait(events, limit);
+        // What is taken next begins now, and not before the sleep.
+        self.turn_time.set(self.engine.now());
     }
 
     /// When the next timer fires, on the engine's clock.

@@ -33,6 +33,7 @@ mod guard;
 mod layer;
 mod length;
 mod plan;
+pub mod policy;
 mod root;
 pub(crate) mod status;
 pub mod tracked;

@@ -148,7 +148,8 @@ impl<'a> Io<'a> {
             return Err(IoError::Failed);
         }
         let data = StatusFlags::DATA | StatusFlags::PLACE;
-        if cached && status.flags == data && status.place.offset == begin {
+        // A long answer may call zeroes data, and would hide them from who asks exactly later.
+        if cached && exact && status.flags == data && status.place.offset == begin {
             node.state.status_cache.fill(begin, status.bytes, looked);
         }
         let skipped = offset - begin;
@@ -188,7 +189,8 @@ impl<'a> Io<'a> {
             flags.insert(StatusFlags::ALLOCATED);
             return;
         }
-        if !exact {
+        if !exact || self.node().kind == DriverKind::Protocol {
+            // What a protocol says nothing of is nothing that anybody has put there.
             return;
         }
         match self.backing() {
