@@ -62,7 +62,8 @@ fn what_was_made_ahead_is_cut_off_when_the_node_becomes_read_only() {
     machine.write(&root, 8192, &pattern(2, 4096)).unwrap();
     machine.remove_root(root);
     let reopened = machine.reopen(
-        "node-name=top,driver=overlay,read-only=on,file.driver=preallocate,file.file.driver=file",
+        "node-name=top,driver=overlay,read-only=on,file.driver=preallocate,file.file.driver=file,\
+         file.file.filename=/disk",
     );
     reopened.unwrap();
     assert_eq!(host_bytes(&machine), DATA_OFFSET + 12288);

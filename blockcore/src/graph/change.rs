@@ -161,7 +161,9 @@ impl Change {
     pub(super) fn driver_of(&self, id: NodeId) -> DriverCell {
         self.control.read(|graph| {
             let node = self.state().node(graph, id);
-            node.expect("every vertex of a shape has a node").driver.clone()
+            node.expect("every vertex of a shape has a node")
+                .driver
+                .clone()
         })
     }
 
