@@ -646,6 +646,10 @@ impl DriverIo for OverlayIo {
         .boxed_local()
     }
 
+    fn can_compress(&self) -> bool {
+        true
+    }
+
     fn write_zeroes<'a>(
         &'a self,
         io: Io<'a>,

@@ -484,6 +484,11 @@ impl<'a> Io<'a> {
         self.node().io.write_compressed(self, offset, from).await
     }
 
+    /// Whether [`write_compressed`](Self::write_compressed) leads to a driver that compresses.
+    pub fn can_compress(self) -> bool {
+        self.node().io.can_compress() || self.filtered().is_some_and(Self::can_compress)
+    }
+
     /// Marks a range as changed when what is returned is dropped: after the I/O, and before anybody is
     /// told; also after a failure, which may have changed a part.
     pub(super) fn changes(self, offset: u64, bytes: u64) -> Changes<'a> {
