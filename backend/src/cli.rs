@@ -43,6 +43,9 @@ pub struct ProcessArgs {
     /// How I/O is done: io_uring where the host allows it (auto), or a thread pool
     #[arg(long, value_enum, default_value_t = EngineArg::Auto)]
     pub engine: EngineArg,
+    /// Throw away what was recorded of the graph (SOCKET.state): serve what the arguments describe
+    #[arg(long)]
+    pub discard_state: bool,
 }
 
 /// A list of cores.
@@ -79,6 +82,7 @@ impl ProcessArgs {
                 EngineArg::Uring => EngineChoice::Uring,
                 EngineArg::Threads => EngineChoice::Threads,
             },
+            discard_state: self.discard_state,
         }
     }
 }

@@ -19,6 +19,9 @@ pub struct ProcessConfig {
     pub poll_max: Duration,
     /// How I/O is done.
     pub engine: EngineChoice,
+    /// What earlier lives recorded of their exports is thrown away: they serve what the arguments
+    /// describe.
+    pub discard_state: bool,
 }
 
 impl Default for ProcessConfig {
@@ -28,6 +31,7 @@ impl Default for ProcessConfig {
             cpus: Vec::new(),
             poll_max: DEFAULT_POLL,
             engine: EngineChoice::Auto,
+            discard_state: false,
         }
     }
 }

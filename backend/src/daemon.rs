@@ -18,14 +18,14 @@ use std::time::Duration;
 
 use blockcore::driver::DriverType;
 use blockcore::engine::{self, Event, WatchId};
-use blockcore::graph::{Control, Graph, RootUser};
+use blockcore::graph::{Control, ExportState, Graph, RootUser};
 use blockcore::io::IoContext;
 use blockcore::mailbox::Mailbox;
 use blockcore::options::Options;
 use blockcore::{Error, ErrorKind};
 
 use crate::config::{ExportConfig, ProcessConfig};
-use crate::export::{Export, WorkerHandle};
+use crate::export::{Export, RootSide, WorkerHandle};
 use crate::signals::Signals;
 use crate::vhost_user::listener::{Server, Socket};
 use crate::vhost_user::session::BackendChannel;
@@ -33,6 +33,9 @@ use crate::worker::{Command, DeviceId, HeldRequest, HoldEvent, Notice, Worker};
 
 /// How often the end of a connection thread is looked for while stopping.
 const STOP_LOOK: Duration = Duration::from_millis(2);
+
+/// What follows a socket's path in that of its export's state file.
+const STATE_SUFFIX: &str = ".state";
 
 /// Something for the control thread to do.
 type Call = Box<dyn FnOnce(&Rc<Daemon>) + Send>;
@@ -169,8 +172,6 @@ pub struct Daemon {
     ended: Arc<AtomicBool>,
     workers: RefCell<Vec<WorkerThread>>,
     exports: RefCell<BTreeMap<String, ExportEntry>>,
-    /// Nodes that were opened by name, in order.
-    opened: RefCell<Vec<String>>,
     next_device: Cell<u32>,
     next_worker: Cell<usize>,
     quitting: Cell<bool>,
@@ -197,7 +198,6 @@ impl Daemon {
             ended: Arc::default(),
             workers: RefCell::default(),
             exports: RefCell::default(),
-            opened: RefCell::default(),
             next_device: Cell::new(0),
             next_worker: Cell::new(0),
             quitting: Cell::new(false),
@@ -245,14 +245,7 @@ impl Daemon {
     /// What is wrong with the description or could not be opened; nothing is left open.
     pub fn add_node(self: &Rc<Self>, options: Options) -> Result<(), Error> {
         let daemon = Rc::clone(self);
-        self.block_on(async move {
-            let node = daemon.control.add(options).await?;
-            let name = daemon
-                .control
-                .read(|graph| graph.node_by_id(node).map(|node| node.name().to_owned()));
-            daemon.opened.borrow_mut().extend(name);
-            Ok(())
-        })
+        self.block_on(async move { daemon.control.add(options).await.map(drop) })
     }
 
     /// Starts workers for exports with up to so many queues, unless there are workers.
@@ -277,7 +270,7 @@ impl Daemon {
     /// # Errors
     ///
     /// What is wrong with the export, its node or its socket; nothing is left of it.
-    pub fn add_export(&self, config: ExportConfig) -> Result<(), Error> {
+    pub fn add_export(&self, mut config: ExportConfig) -> Result<(), Error> {
         let id = config.id.clone();
         if self.exports.borrow().contains_key(&id) {
             return Err(Error::new(
@@ -303,17 +296,18 @@ impl Daemon {
             handle: self.handle(),
         });
         let (control, notices) = (self.control.clone(), Arc::clone(&self.notices));
+        let discard = self.process.discard_state;
         let export = self.block_on(async move {
-            Export::new(
-                config,
-                device,
-                &control,
-                workers,
-                first,
-                Some(user),
-                notices,
-            )
-            .await
+            let mut state_path = config.socket.clone().into_os_string();
+            state_path.push(STATE_SUFFIX);
+            let state =
+                ExportState::open(&control, Path::new(&state_path), &config.id, discard).await?;
+            config.node = control.recorded_node(&state, &config.node).await?;
+            let root = RootSide {
+                user: Some(user),
+                state: Some(state),
+            };
+            Export::new(config, device, &control, workers, first, root, notices).await
         })?;
         let server =
             Socket::bind(&path).and_then(|socket| Server::start(socket, &id, self.handle()));
@@ -443,9 +437,8 @@ impl Daemon {
         for worker in self.workers.take() {
             let _ = worker.thread.join();
         }
-        for name in self.opened.take().into_iter().rev() {
-            outcome = outcome.and(self.close_node(&name));
-        }
+        let control = self.control.clone();
+        outcome = outcome.and(self.block_on(async move { control.close_all().await }));
         self.ended.store(true, Ordering::SeqCst);
         // Orders the end before the last look; pairs with the fence in posting.
         fence(Ordering::SeqCst);
@@ -465,15 +458,6 @@ impl Daemon {
                 format!("what export '{id}' wrote last may not be on the disk: {error}"),
             )
         })
-    }
-
-    fn close_node(&self, name: &str) -> Result<(), Error> {
-        let (control, name) = (self.control.clone(), name.to_owned());
-        match self.block_on(async move { control.remove(&name).await }) {
-            // Gone with its parent.
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-            closed => closed,
-        }
     }
 }
 

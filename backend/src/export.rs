@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use blockcore::driver::Limits;
-use blockcore::graph::{Control, RootId, RootSpec, RootUser};
+use blockcore::graph::{Control, ExportState, RootId, RootSpec, RootUser};
 use blockcore::io::account::{Account, AccountOptions, AccountSum, Histogram, Kind, Recorder};
 use blockcore::io::policy::IoStatus;
 use blockcore::io::{ContextHandle, InFlight, Plan};
@@ -59,6 +59,15 @@ pub struct QueueSetup {
     pub hang_up: Arc<dyn Fn() + Send + Sync>,
 }
 
+/// What an export's root has besides its permissions.
+#[derive(Default)]
+pub struct RootSide {
+    /// Who is told what happens to the node.
+    pub user: Option<Rc<dyn RootUser>>,
+    /// Where changes of what the guest reads are recorded ahead.
+    pub state: Option<Rc<ExportState>>,
+}
+
 /// See the module's header.
 pub struct Export {
     config: ExportConfig,
@@ -98,7 +107,7 @@ impl Export {
         control: &Control,
         workers: Vec<WorkerHandle>,
         first: usize,
-        user: Option<Rc<dyn RootUser>>,
+        root: RootSide,
         notices: Arc<Mailbox<Notice>>,
     ) -> Result<Rc<Self>, Error> {
         config.check()?;
@@ -114,7 +123,8 @@ impl Export {
             false => RootSpec::reader(who),
         };
         let spec = RootSpec {
-            user,
+            user: root.user,
+            state: root.state,
             ..spec.in_units_of(block_bytes)
         };
         let root = control.add_root(&config.node, spec).await?;

@@ -104,7 +104,7 @@ impl Control {
         drained
     }
 
-    /// Whether no drained section holds any root; for tests and queries.
+    /// Whether a drained section is open, or about to begin; for tests and queries.
     pub fn is_drained(&self) -> bool {
         self.read(|graph| !graph.sections.is_empty())
     }
@@ -147,7 +147,7 @@ fn in_flight(root: RootId, context: &ContextHandle) -> oneshot::Receiver<Vec<Str
     context.post(move |context| {
         let now = context.engine().now();
         let requests = context
-            .root(root)
+            .any_root(root)
             .map_or_else(Vec::new, |root| root.requests());
         let lines = requests.into_iter().map(|request| {
             let millis = (now.saturating_sub(request.since)).as_millis();
@@ -167,7 +167,7 @@ impl Wait {
     fn new(root: RootId, _who: String, context: ContextHandle) -> Self {
         let (reply, answer) = oneshot::channel();
         context.post(move |context| {
-            if let Some(root) = context.root(root) {
+            if let Some(root) = context.any_root(root) {
                 root.when_quiet(reply);
             }
         });
@@ -218,7 +218,7 @@ impl Graph {
         for (roots, hold) in [(new, true), (gone, false)] {
             for (root, _, context) in self.contexts_of(&roots) {
                 context.post(move |context| {
-                    if let Some(root) = context.root(root) {
+                    if let Some(root) = context.any_root(root) {
                         root.hold(hold);
                     }
                 });

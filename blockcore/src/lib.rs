@@ -34,6 +34,8 @@ pub mod fault;
 #[cfg(not(loom))]
 pub mod filename;
 #[cfg(not(loom))]
+pub mod filter;
+#[cfg(not(loom))]
 pub mod graph;
 #[cfg(not(loom))]
 pub mod io;

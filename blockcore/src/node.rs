@@ -49,6 +49,8 @@ pub struct NodeState {
     id: NodeId,
     name: Arc<str>,
     bytes: AtomicU64,
+    /// What the driver said last.
+    said_bytes: AtomicU64,
     /// The smaller of the highest byte written so far and the threshold: writes below it concern
     /// nobody.
     watermark: AtomicU64,
@@ -72,6 +74,7 @@ impl NodeState {
             id,
             name,
             bytes: AtomicU64::new(0),
+            said_bytes: AtomicU64::new(0),
             watermark: AtomicU64::new(0),
             watched: Mutex::default(),
             notices,
@@ -99,7 +102,14 @@ impl NodeState {
 
     /// Sets what the length is known to be; returns whether that is another one.
     pub(crate) fn set_bytes(&self, bytes: u64) -> bool {
+        self.said_bytes.store(bytes, Ordering::Release);
         self.bytes.swap(bytes, Ordering::AcqRel) != bytes
+    }
+
+    /// As [`set_bytes`](Self::set_bytes), but only if the driver says something new: it need not know of
+    /// writes that have made the node longer since.
+    pub(crate) fn follow_bytes(&self, bytes: u64) -> bool {
+        self.said_bytes.load(Ordering::Acquire) != bytes && self.set_bytes(bytes)
     }
 
     /// A write at the end has made the node at least so long.

@@ -10,7 +10,15 @@ pub mod raw;
 
 use blockcore::driver::DriverType;
 
-/// Every driver, for registration.
+/// Every driver, filters too, for registration.
 pub fn drivers() -> Vec<&'static DriverType> {
-    vec![&file::FILE, &file::HOST_DEVICE, &raw::RAW, &null::NULL_CO]
+    let mut drivers = vec![
+        &file::FILE,
+        &file::HOST_DEVICE,
+        &raw::RAW,
+        &null::NULL_CO,
+        &null::NULL_AIO,
+    ];
+    drivers.extend(blockcore::filter::drivers());
+    drivers
 }

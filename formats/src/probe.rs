@@ -1,7 +1,8 @@
 //! What format a file seems to have. Pure.
 //!
 //! Never used to choose a driver: a guest that owns a raw disk could write a header that names any
-//! file of the host as its backing file. It only tells an operator what was probably meant.
+//! file of the host as its backing file. It tells an operator what was probably meant, and it tells
+//! what such a guest must not write where somebody may guess later ([`is_other_format`]).
 
 /// The bytes from the beginning of a file that [`seems`] wants to see.
 pub const BYTES: usize = 4096;
@@ -48,9 +49,41 @@ pub fn seems(head: &[u8]) -> Option<&'static str> {
     found.map(|signature| signature.format)
 }
 
+/// The format that somebody who guesses could take a raw disk for whose first
+/// [`PROBE_BYTES`](blockcore::driver::PROBE_BYTES) bytes (fewer if it is shorter) are `head`; `None` if
+/// it can only be raw. Says yes to more than [`seems`]: to whatever a program that probes may look for.
+pub fn is_other_format(head: &[u8]) -> Option<&'static str> {
+    seems(head).or_else(|| is_vmdk_text(head).then_some("vmdk"))
+}
+
+/// Whether there is a VMDK description: comments and empty lines, and then a version.
+fn is_vmdk_text(head: &[u8]) -> bool {
+    let mut lines = head.split(|byte| *byte == b'\n');
+    let first = lines.find(|line| {
+        let blank = line.iter().all(|byte| matches!(byte, b' ' | b'\r'));
+        !blank && !line.starts_with(b"#")
+    });
+    first.is_some_and(|line| line.starts_with(b"version="))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_description_in_words_is_another_format_and_a_text_is_not() {
+        for (head, format) in [
+            (&b"# Disk DescriptorFile\nversion=1\n"[..], Some("vmdk")),
+            (b"# what I like\n  \n\r\nversion=3\r\n", Some("vmdk")),
+            (b"version=1\n", Some("vmdk")),
+            (b"# what I like\nin version=1\n", None),
+            (b"QFI\xfb\0\0\0\x09", Some("qcow")),
+            (&[0; 512], None),
+            (b"", None),
+        ] {
+            assert_eq!(is_other_format(head), format, "{head:?}");
+        }
+    }
 
     #[test]
     fn a_signature_counts_only_in_its_place() {

@@ -23,6 +23,8 @@ pub static RAW: DriverType = DriverType {
         true => Role::FILTERED.union(Role::PRIMARY),
         false => Role::DATA.union(Role::PRIMARY),
     }),
+    // Anything is raw if it is nothing else.
+    probe: Some(|_| 1),
     open: |request| async move { open(&request) }.boxed_local(),
     ..DriverType::FORMAT
 };

@@ -9,5 +9,8 @@ pub mod host;
 pub mod libblkio;
 pub mod load;
 pub mod model;
+pub mod overlay;
+pub mod pass;
 pub mod peer;
 pub mod random;
+pub mod seeds;

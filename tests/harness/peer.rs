@@ -246,8 +246,8 @@ impl Peer {
     }
 
     /// Ours exits with success, and `baseline` has no orderly stop. `qemu-storage-daemon` 10.0.2
-    /// now and then crashes when it is to stop just after its front-end has left, and 7.2 never
-    /// stops after a front-end that polled, which is not for us to judge.
+    /// now and then crashes when it is to stop just after its front-end has left, and 7.2 may
+    /// not stop at all, which is not for us to judge.
     fn is_orderly(&self, status: ExitStatus) -> bool {
         match self.program {
             Program::Stonework => status.success(),

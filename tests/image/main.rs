@@ -1,16 +1,21 @@
 //! Drivers `file`, `host_device`, `raw` and `null-co` against the real host, on both real engines.
 //!
-//! Most tests open nodes in this process, as the daemon does. Simulated hosts, which fail on cue, are in
-//! `graph.rs`; what an operator sees of a refusal is in `serve`.
+//! Most tests open nodes in this process, as the daemon does. Random requests on simulated hosts, which
+//! fail on cue, are in `graph.rs`, reopening and copying there in `simulated`; what an operator sees of a refusal is in `serve`.
 
+mod copy;
 mod create;
 mod device;
 mod direct;
+mod grow;
 mod length;
 mod lock;
 mod raw;
+mod reopen;
+mod simulated;
 mod space;
 mod sparse;
+mod status;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -18,11 +23,11 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use blockcore::driver::{WriteFlags, ZeroFlags};
+use blockcore::driver::{Preallocation, Status, TruncateFlags, WriteFlags, ZeroFlags};
 use blockcore::engine::{EngineChoice, make};
 use blockcore::graph::{Control, Graph, RootId, RootSpec};
 use blockcore::io::buffer::Segments;
-use blockcore::io::{ContextHandle, IoContext, Root};
+use blockcore::io::{ContextHandle, IoContext, RequestKind, Root};
 use blockcore::options::Options;
 use blockcore::{Error, IoError};
 use harness::daemon::{Place, eventually};
@@ -54,24 +59,28 @@ struct Disk {
 impl Disk {
     /// Opens a node, whose `node-name` is added, for a guest with blocks of 512 bytes.
     fn open(engine: EngineChoice, options: &str) -> Result<Self, Error> {
+        let spec = match options.contains(",read-only=on") {
+            true => RootSpec::reader("a test"),
+            false => RootSpec::writer("a test"),
+        };
+        Self::open_for(engine, options, spec.in_units_of(SECTOR as u32))
+    }
+
+    /// As [`open`](Self::open), for this user.
+    fn open_for(engine: EngineChoice, options: &str, spec: RootSpec) -> Result<Self, Error> {
         let file = options.split_once("filename=").map(|(_, rest)| {
             let end = rest.find(',').unwrap_or(rest.len());
             rest[..end].into()
         });
         let context = IoContext::new(make(engine)?);
-        let control = Control::new(Graph::new(formats::drivers()), Rc::clone(&context));
+        let mut drivers = formats::drivers();
+        drivers.push(&grow::WINDOW);
+        let control = Control::new(Graph::new(drivers), Rc::clone(&context));
         let options = Options::parse(&format!("{options},node-name=disk"), Some("driver"))?;
         let inner = control.clone();
         let id = context.block_on(async move {
-            let read_only = matches!(options.get("read-only"), Some("on"));
             inner.add(options).await?;
-            let spec = match read_only {
-                true => RootSpec::reader("a test"),
-                false => RootSpec::writer("a test"),
-            };
-            let added = inner
-                .add_root("disk", spec.in_units_of(SECTOR as u32))
-                .await;
+            let added = inner.add_root("disk", spec).await;
             if added.is_err() {
                 inner.remove("disk").await?;
             }
@@ -139,6 +148,43 @@ impl Disk {
 
     fn bytes(&self) -> u64 {
         self.root.bytes()
+    }
+
+    fn truncate(
+        &self,
+        bytes: u64,
+        exact: bool,
+        preallocation: Preallocation,
+        flags: TruncateFlags,
+    ) -> Result<(), IoError> {
+        self.on_root(move |root| async move {
+            let request = root.enter(RequestKind::Truncate, bytes, 0).await;
+            request.truncate(bytes, exact, preallocation, flags).await
+        })
+    }
+
+    fn status(&self, exact: bool, offset: u64, bytes: u64) -> Status {
+        let status = self.on_root(move |root| async move {
+            let request = root.enter(RequestKind::Other, offset, bytes).await;
+            request.block_status(exact, offset, bytes).await
+        });
+        status.expect("an answer")
+    }
+
+    fn allocated_bytes(&self) -> Option<u64> {
+        let bytes = self.on_root(|root| async move {
+            let request = root.enter(RequestKind::Other, 0, 0).await;
+            request.io().allocated_bytes().await
+        });
+        bytes.expect("an answer")
+    }
+
+    /// Reopens the node, all of whose options these are but its name.
+    fn reopen(&self, options: &str) -> Result<(), Error> {
+        let options = Options::parse(&format!("{options},node-name=disk"), Some("driver"))?;
+        let control = self.control.clone();
+        let context = Rc::clone(control.context());
+        context.block_on(async move { control.reopen(vec![options]).await })
     }
 
     /// Closes the node, of whose file nobody else has a lock, and waits until its own are gone. A process

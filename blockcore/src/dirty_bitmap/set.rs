@@ -122,6 +122,11 @@ impl BitmapSet {
         self.bitmaps.values_mut()
     }
 
+    /// How many bytes of disk each is about.
+    pub fn length(&self) -> u64 {
+        self.length
+    }
+
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         self.bitmaps.is_empty()

@@ -108,6 +108,11 @@ pub trait Driver {
     /// prepared, and then does nothing.
     fn abort_permissions(&mut self) {}
 
+    /// Waits until what a commit or an abort has let go of is free for others.
+    fn settle_permissions(&mut self) -> LocalBoxFuture<'_, ()> {
+        async {}.boxed_local()
+    }
+
     /// A file name that describes this node wholly, with the options that the driver's table marks as
     /// changing its data at their defaults. `None` if there is none. Formats and filters leave this to
     /// the core.

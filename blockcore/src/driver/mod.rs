@@ -13,6 +13,167 @@
 //! leaves out to the child that it filters, and refuses by implementing it and answering
 //! [`IoError::Unsupported`](crate::IoError::Unsupported). A **format** or a **protocol** that leaves
 //! something out cannot do it.
+//!
+//! # Two small drivers, whole
+//!
+//! A protocol that keeps a disk in memory, and a filter that counts what passes through it.
+//!
+//! ```
+//! use std::rc::Rc;
+//! use std::sync::Mutex;
+//! use std::sync::atomic::{AtomicU64, Ordering};
+//!
+//! use blockcore::driver::{Driver, DriverIo, DriverType, Opened, WriteFlags};
+//! use blockcore::engine::{EngineChoice, make};
+//! use blockcore::graph::{Control, Graph, RootSpec};
+//! use blockcore::io::buffer::Segments;
+//! use blockcore::io::{Io, IoContext, IoFuture};
+//! use blockcore::options::{OptionKind, OptionSpec, Options};
+//! use futures_util::FutureExt;
+//!
+//! /// What operators may say: parsed, checked and explained from this table.
+//! const OPTIONS: &[OptionSpec] = &[OptionSpec {
+//!     name: "size",
+//!     kind: OptionKind::Size,
+//!     default: Some("64k"),
+//!     reopen: false,
+//!     changes_data: true,
+//!     help: "length of the disk in bytes",
+//! }];
+//!
+//! static MEMORY: DriverType = DriverType {
+//!     name: "memory",
+//!     about: "a disk in this process's memory",
+//!     options: OPTIONS,
+//!     open: |request| {
+//!         async move {
+//!             let bytes = request.options.size(OPTIONS, "size");
+//!             Ok(Opened {
+//!                 driver: Box::new(Nothing),
+//!                 io: std::sync::Arc::new(Memory(Mutex::new(vec![0; bytes as usize]))),
+//!             })
+//!         }
+//!         .boxed_local()
+//!     },
+//!     ..DriverType::PROTOCOL
+//! };
+//!
+//! static COUNT: DriverType = DriverType {
+//!     name: "count",
+//!     about: "counts the bytes that pass through it",
+//!     open: |_request| {
+//!         async {
+//!             Ok(Opened {
+//!                 driver: Box::new(Nothing),
+//!                 io: std::sync::Arc::new(Count::default()),
+//!             })
+//!         }
+//!         .boxed_local()
+//!     },
+//!     ..DriverType::FILTER
+//! };
+//!
+//! /// The global-state half of both: they keep nothing there, and the core's rules will do.
+//! struct Nothing;
+//!
+//! impl Driver for Nothing {}
+//!
+//! /// The bytes. The lock is held while some are copied, never over an await.
+//! struct Memory(Mutex<Vec<u8>>);
+//!
+//! impl DriverIo for Memory {
+//!     fn bytes(&self, _children: &[u64]) -> u64 {
+//!         self.0.lock().unwrap().len() as u64
+//!     }
+//!
+//!     // The pipeline has checked the range; what is left out here (zeroing, lengths) it does by
+//!     // writing, or refuses.
+//!     fn read<'a>(&'a self, _io: Io<'a>, offset: u64, into: Segments) -> IoFuture<'a> {
+//!         async move {
+//!             into.copy_from(&self.0.lock().unwrap()[offset as usize..]);
+//!             Ok(())
+//!         }
+//!         .boxed_local()
+//!     }
+//!
+//!     fn write<'a>(
+//!         &'a self,
+//!         _io: Io<'a>,
+//!         offset: u64,
+//!         from: Segments,
+//!         _flags: WriteFlags,
+//!     ) -> IoFuture<'a> {
+//!         async move {
+//!             from.copy_to(&mut self.0.lock().unwrap()[offset as usize..]);
+//!             Ok(())
+//!         }
+//!         .boxed_local()
+//!     }
+//! }
+//!
+//! #[derive(Default)]
+//! struct Count {
+//!     read: AtomicU64,
+//!     written: AtomicU64,
+//! }
+//!
+//! // What is left out is forwarded. `map` is left out too, so that every request comes here.
+//! impl DriverIo for Count {
+//!     fn read<'a>(&'a self, io: Io<'a>, offset: u64, into: Segments) -> IoFuture<'a> {
+//!         self.read.fetch_add(into.bytes(), Ordering::Relaxed);
+//!         io.child(0).read(offset, into).boxed_local()
+//!     }
+//!
+//!     fn write<'a>(
+//!         &'a self,
+//!         io: Io<'a>,
+//!         offset: u64,
+//!         from: Segments,
+//!         flags: WriteFlags,
+//!     ) -> IoFuture<'a> {
+//!         self.written.fetch_add(from.bytes(), Ordering::Relaxed);
+//!         io.child(0).write(offset, from, flags).boxed_local()
+//!     }
+//!
+//!     fn write_flags(&self) -> WriteFlags {
+//!         WriteFlags::STABLE | WriteFlags::UNCHANGED
+//!     }
+//!
+//!     fn statistics(&self) -> Vec<(&'static str, u64)> {
+//!         let value = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+//!         vec![("read", value(&self.read)), ("written", value(&self.written))]
+//!     }
+//! }
+//!
+//! # fn main() -> Result<(), blockcore::Error> {
+//! // One thread is both here: the control thread, and a worker.
+//! let context = IoContext::new(make(EngineChoice::Threads)?);
+//! let control = Control::new(Graph::new(vec![&MEMORY, &COUNT]), Rc::clone(&context));
+//! let graph = control.clone();
+//! context.block_on(async move {
+//!     let disk = "driver=count,node-name=disk,file.driver=memory,file.size=1M";
+//!     control.add(Options::parse(disk, None)?).await?;
+//!     // The pipeline asks for no multiple of anything, so requests come in bytes.
+//!     let root = control.add_root("disk", RootSpec::writer("an example")).await?;
+//!     let root = control.root_here(root)?;
+//!
+//!     let memory = Segments::allocate(5, 1);
+//!     memory.copy_from(b"hello");
+//!     let written = root.write(4095, memory, WriteFlags::empty()).await;
+//!     written.expect("inside the disk");
+//!     let memory = Segments::allocate(7, 1);
+//!     root.read(4094, memory.clone()).await.expect("inside the disk");
+//!     assert_eq!(memory.to_vec(), b"\0hello\0");
+//!
+//!     let id = root.id();
+//!     drop(root);
+//!     control.remove_root(id).await
+//! })?;
+//! let seen = graph.read(|graph| Ok::<_, blockcore::Error>(graph.node("disk")?.io().statistics()))?;
+//! assert_eq!(seen, [("read", 7), ("written", 5)]);
+//! # Ok(())
+//! # }
+//! ```
 
 mod control;
 mod io;
@@ -28,14 +189,16 @@ pub use self::control::{
     Activation, BackingName, ChildPermissions, ChildQuery, Driver, ReopenRequest, Reopened,
 };
 pub use self::io::{
-    CopyFlags, DriverInfo, DriverIo, Mapping, Place, Preallocation, Status, StatusFlags,
-    TruncateFlags, WriteFlags, ZeroFlags,
+    CopyFlags, DriverInfo, DriverIo, Mapping, Place, Preallocation, SnapshotIo, Status,
+    StatusFlags, TruncateFlags, WriteFlags, ZeroFlags,
 };
 pub use self::limits::Limits;
 use crate::Error;
+use crate::dirty_bitmap::Bits;
 use crate::engine::OpenFile;
 use crate::io::{IoContext, Modes, Root};
 use crate::options::{OptionSpec, Options};
+use crate::throttle::Groups;
 
 /// What kind of node a driver makes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -182,7 +345,16 @@ pub struct OpenRequest {
     pub children: Vec<Option<OpenChild>>,
     /// An open file to use instead of opening one by name.
     pub file: Option<Arc<OpenFile>>,
+    /// Finds a dirty bitmap by the names of its node and its own.
+    pub find_bitmap: FindBitmap,
+    /// Where throttle groups are found.
+    pub throttle_groups: Groups,
 }
+
+/// Finds what a dirty bitmap has marked, by the names of its node and its own. Fails with
+/// [`ErrorKind::NotFound`](crate::ErrorKind::NotFound), or
+/// [`ErrorKind::Corrupt`](crate::ErrorKind::Corrupt) if it means nothing.
+pub type FindBitmap = Rc<dyn Fn(&str, &str) -> Result<Arc<Bits>, Error>>;
 
 /// Common options that decide how a driver opens.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -1,13 +1,36 @@
 //! Dirty bitmaps of the graph's nodes: which there are, and which record.
 
 use std::collections::BTreeSet;
+use std::rc::Rc;
+use std::sync::Arc;
 
 use super::{Control, Graph, NodeId};
-use crate::Error;
 use crate::dirty_bitmap::BitmapSet;
 use crate::drain::Scope;
+use crate::driver::FindBitmap;
+use crate::{Error, ErrorKind};
 
 impl Control {
+    /// A way to find bitmaps that needs no hold on the graph.
+    pub(super) fn find_bitmap(&self) -> FindBitmap {
+        let control = self.clone();
+        Rc::new(move |node, name| {
+            control.read(|graph| {
+                let bitmap = graph.node(node)?.bitmaps().get(name)?;
+                match bitmap.is_inconsistent() {
+                    false => Ok(Arc::clone(bitmap.bits())),
+                    true => Err(Error::new(
+                        ErrorKind::Corrupt,
+                        format!(
+                            "bitmap '{name}' of node '{node}' was not stored when the node was last written \
+                             to: it means nothing"
+                        ),
+                    )),
+                }
+            })
+        })
+    }
+
     /// Changes which bitmaps a node has or which of them record, with requests to it held back; none is
     /// in flight that would mark the old ones and not the new.
     ///
@@ -29,7 +52,8 @@ impl Control {
         })
     }
 
-    /// Makes the bitmaps of a node as long as the node is.
+    /// Makes the bitmaps of a node as long as the node is. What was added is marked in those that record:
+    /// writes may have gone there since the node became longer.
     pub(super) async fn fit_bitmaps(&self, id: NodeId) {
         let _turn = self.turns.next().await;
         let _drained = self.drain(Scope::Nodes(BTreeSet::from([id]))).await;
@@ -38,8 +62,13 @@ impl Control {
                 return;
             };
             let bytes = node.state.bytes();
-            if let Err(error) = node.bitmaps.resize(bytes) {
-                tracing::error!(node = %node.name, error = %error.report(), "bitmaps do not cover the node");
+            let covered = node.bitmaps.length();
+            match node.bitmaps.resize(bytes) {
+                // Whatever was written there before now could not be noted.
+                Ok(()) => node.bitmaps.mark(covered, bytes.saturating_sub(covered)),
+                Err(error) => {
+                    tracing::error!(node = %node.name, error = %error.report(), "bitmaps do not cover the node");
+                }
             }
             graph.replan();
         });

@@ -18,7 +18,9 @@ impl Graph {
 
     /// The child that a filter passes through.
     pub fn filtered_by(&self, node: NodeId) -> Option<NodeId> {
-        Some(self.shape.child_with(node, Role::FILTERED)?.child)
+        let kind = self.shape.vertex(node).kind.kind;
+        let filtered = self.shape.child_with(node, Role::FILTERED)?;
+        (kind == DriverKind::Filter).then_some(filtered.child)
     }
 
     /// The child that names a node.
@@ -128,11 +130,7 @@ fn links(shape: &Shape, node: NodeId, base: Option<NodeId>) -> Result<Vec<EdgeId
     let mut links = Vec::new();
     let mut at = node;
     while Some(at) != base {
-        let chained = |edge: &&EdgeId| {
-            let role = shape.edge(**edge).role;
-            role.intersects(Role::FILTERED | Role::COW)
-        };
-        let link = shape.vertex(at).children.iter().flatten().find(chained);
+        let link = shape.link(at);
         let Some(link) = link else {
             let Some(base) = base else { break };
             return Err(Error::new(
@@ -144,8 +142,8 @@ fn links(shape: &Shape, node: NodeId, base: Option<NodeId>) -> Result<Vec<EdgeId
                 ),
             ));
         };
-        links.push(*link);
-        at = shape.edge(*link).child;
+        links.push(link);
+        at = shape.edge(link).child;
     }
     Ok(links)
 }

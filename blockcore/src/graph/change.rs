@@ -16,6 +16,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use super::compile::View;
+use super::node::DriverCell;
 use super::permission::{self, Permissions};
 use super::recording::{self, NewStates, Written};
 use super::reopen::Reopening;
@@ -53,6 +54,8 @@ pub(super) struct State {
     /// I/O halves from the commit on.
     pub(super) replaced: BTreeMap<NodeId, Arc<dyn DriverIo>>,
     pub(super) reopened: Vec<Reopening>,
+    /// Handed over by this change, in that order.
+    pub(super) inactivated: Vec<NodeId>,
     /// What drivers have been asked to be ready for.
     permissions: BTreeMap<NodeId, Cumulative>,
     pub(super) drained: Vec<Drained>,
@@ -80,6 +83,8 @@ struct Rest {
     order: Vec<NodeId>,
     reopened: Vec<NodeId>,
     resized: Vec<NodeId>,
+    /// Whose permissions have changed.
+    permitted: Vec<NodeId>,
     _turn: Turn,
 }
 
@@ -102,6 +107,7 @@ impl Control {
                 removed: Vec::new(),
                 replaced: BTreeMap::new(),
                 reopened: Vec::new(),
+                inactivated: Vec::new(),
                 permissions: BTreeMap::new(),
                 drained: Vec::new(),
                 turn,
@@ -152,6 +158,15 @@ impl Change {
         found
             .map(|(id, _)| id)
             .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("there is no node '{name}'")))
+    }
+
+    pub(super) fn driver_of(&self, id: NodeId) -> DriverCell {
+        self.control.read(|graph| {
+            let node = self.state().node(graph, id);
+            node.expect("every vertex of a shape has a node")
+                .driver
+                .clone()
+        })
     }
 
     pub(super) fn next_edge(&self) -> EdgeId {
@@ -450,6 +465,19 @@ impl Change {
     ///
     /// Who does not allow what, or what a driver could not do. Everything is as it was.
     pub async fn prepare(mut self) -> Result<Prepared, Error> {
+        match self.get_ready().await {
+            Ok(plans) => Ok(Prepared {
+                change: self,
+                plans,
+            }),
+            Err(error) => {
+                self.abort().await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn get_ready(&mut self) -> Result<BTreeMap<RootId, Arc<Plan>>, Error> {
         self.prepare_permissions().await?;
         let plans = self.compile();
         let moved = self.control.read(|graph| {
@@ -464,10 +492,7 @@ impl Change {
         }
         // Last: the roots stand still, so the old tree and the new one read the same.
         self.record().await?;
-        Ok(Prepared {
-            change: self,
-            plans,
-        })
+        Ok(plans)
     }
 
     /// The plan of every root, as it will be.
@@ -517,6 +542,9 @@ async fn abort(control: &Control, mut state: Box<State>) {
         }
     }
     state.replaced.clear();
+    for id in std::mem::take(&mut state.inactivated).into_iter().rev() {
+        take_back(control, id).await;
+    }
     // The topmost first: what it holds back goes through those below.
     while let Some(id) = state.opened.pop() {
         let plan = control.read(|graph| {
@@ -533,6 +561,22 @@ async fn abort(control: &Control, mut state: Box<State>) {
             tracing::warn!(error = %error.report(), node = %node.name, "while closing again");
         }
         state.nodes.remove(&id);
+    }
+}
+
+/// Takes back a node that a change has handed over and that is given up. Its image was locked all the
+/// time.
+async fn take_back(control: &Control, id: NodeId) {
+    let found = control.read(|graph| {
+        let node = graph.nodes.get(&id)?;
+        let plan = graph.view().plan(id, Permissions::all(), &BTreeSet::new());
+        Some((node.driver.clone(), plan))
+    });
+    let Some((driver, plan)) = found else { return };
+    let root = Root::new(RootId(0), Rc::clone(&control.context), plan, false);
+    let activated = driver.take().activate(root).await;
+    if let Err(error) = activated {
+        tracing::error!(error = %error.report(), "a node that was to be inactive is neither");
     }
 }
 
@@ -566,6 +610,7 @@ impl Prepared {
                 order: rest.order,
                 reopened: rest.reopened,
                 resized: rest.resized,
+                permitted: rest.permitted,
             })),
         }
     }
@@ -583,6 +628,7 @@ struct Left {
     order: Vec<NodeId>,
     reopened: Vec<NodeId>,
     resized: Vec<NodeId>,
+    permitted: Vec<NodeId>,
 }
 
 impl Graph {
@@ -598,9 +644,11 @@ impl Graph {
             }
             self.node_mut(id).io = io;
         }
+        let mut permitted = Vec::new();
         for id in std::mem::take(&mut state.permissions).into_keys() {
             if let Some(node) = self.nodes.get(&id) {
                 node.driver.take().commit_permissions();
+                permitted.push(id);
             }
         }
         let mut reopened = Vec::new();
@@ -631,6 +679,7 @@ impl Graph {
             order,
             reopened,
             resized,
+            permitted,
         }
     }
 
@@ -659,6 +708,10 @@ impl Graph {
     ) {
         self.roots.retain(|id, _| plans.contains_key(id));
         for (id, plan) in plans {
+            let before = self.roots.get(&id);
+            if before.is_none_or(|root| !root.plan.is_same(&plan)) {
+                plan.doubt_flushes();
+            }
             let Some(root) = self.roots.get_mut(&id) else {
                 let user = new.remove(&id).flatten();
                 self.roots.insert(
@@ -679,7 +732,7 @@ impl Graph {
             for context in &root.contexts {
                 let plan = Arc::clone(&plan);
                 context.post(move |context| {
-                    if let Some(root) = context.root(id) {
+                    if let Some(root) = context.any_root(id) {
                         root.set_plan(plan);
                     }
                 });
@@ -719,6 +772,12 @@ async fn finish(control: Control, mut rest: Box<Rest>) -> Result<(), Error> {
     let mut outcome = Ok(());
     for id in std::mem::take(&mut rest.resized) {
         control.resized(id);
+    }
+    for id in std::mem::take(&mut rest.permitted) {
+        let driver = control.read(|graph| Some(graph.nodes.get(&id)?.driver.clone()));
+        if let Some(driver) = driver {
+            driver.take().settle_permissions().await;
+        }
     }
     for id in std::mem::take(&mut rest.reopened) {
         let found = control.read(|graph| {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::permission::Permissions;
 use super::shape::Shape;
 use super::{Node, NodeId, RootId};
-use crate::driver::{DriverIo, DriverType, Limits, PROBE_BYTES};
+use crate::driver::{DriverIo, DriverKind, DriverType, Limits, PROBE_BYTES};
 use crate::io::{HeaderGuard, Modes, Plan, PlanChild, PlanNode};
 
 /// The graph as it is, or as it will be when a change is committed.
@@ -150,6 +150,10 @@ impl View<'_> {
             })
             .collect();
         let bytes = self.io(id).bytes(&children);
-        self.node(id).state.set_bytes(bytes)
+        let state = &self.node(id).state;
+        match self.shape.vertex(id).kind.kind {
+            DriverKind::Protocol => state.follow_bytes(bytes),
+            _ => state.set_bytes(bytes),
+        }
     }
 }

@@ -10,28 +10,146 @@
 //! The graph is `!Send`: it cannot leave the control thread, and no worker can have it. What workers
 //! need of it they get as a [`Plan`]; what they have to say they post as a [`Notice`].
 //!
-//! ```compile_fail
-//! fn on_a_worker<T: Send>(_: T) {}
-//! on_a_worker(blockcore::graph::Graph::new(Vec::new()));
+//! # What does not compile
+//!
+//! Each pair differs in one thing.
+//!
+//! Control stays on its thread: a worker cannot be handed it, while the control thread has the way to
+//! each worker.
+//!
+//! ```
+//! # use blockcore::{graph::Control, io::{ContextHandle, IoContext}};
+//! fn tell(worker: &ContextHandle, control: Control) {
+//!     worker.post(move |context| drop(context.handle().clone()));
+//!     drop(control);
+//! }
 //! ```
 //!
-//! Nor can the way to change it:
-//!
-//! ```compile_fail
-//! fn on_a_worker<T: Send>(_: T) {}
-//! fn from_here(control: blockcore::graph::Control) { on_a_worker(control) }
+//! ```compile_fail,E0277
+//! # use blockcore::{graph::Control, io::{ContextHandle, IoContext}};
+//! fn tell(worker: &ContextHandle, control: Control) {
+//!     worker.post(move |context| drop(control));
+//! }
 //! ```
 //!
-//! Nor does a request lead to the graph, or a commit wait for anything:
+//! Nor can the graph itself, for all that it is made of:
 //!
-//! ```compile_fail
-//! fn change_from_a_request(request: &blockcore::io::Request) { request.graph(); }
+//! ```
+//! # use blockcore::graph::Graph;
+//! let graph = Graph::new(Vec::new());
+//! drop(graph);
+//! ```
+//!
+//! ```compile_fail,E0277
+//! # use blockcore::graph::Graph;
+//! let graph = Graph::new(Vec::new());
+//! std::thread::spawn(move || drop(graph));
+//! ```
+//!
+//! What a worker has does not lead to the graph: calls that change it hang on a [`Control`], which no
+//! context gives out.
+//!
+//! ```
+//! # use blockcore::{drain::Scope, graph::Control, io::IoContext};
+//! # use std::rc::Rc;
+//! async fn hold(control: &Control, context: &Rc<IoContext>) {
+//!     let held = Control::drain(control, Scope::All).await;
+//! }
+//! ```
+//!
+//! ```compile_fail,E0308
+//! # use blockcore::{drain::Scope, graph::Control, io::IoContext};
+//! # use std::rc::Rc;
+//! async fn hold(control: &Control, context: &Rc<IoContext>) {
+//!     let held = Control::drain(context, Scope::All).await;
+//! }
+//! ```
+//!
+//! A request stays on the worker on which it entered:
+//!
+//! ```
+//! # use blockcore::io::{ContextHandle, Request};
+//! fn end(worker: &ContextHandle, request: Request) {
+//!     let bytes = request.io().bytes();
+//!     worker.post(move |_| drop(bytes));
+//! }
+//! ```
+//!
+//! ```compile_fail,E0277
+//! # use blockcore::io::{ContextHandle, Request};
+//! fn end(worker: &ContextHandle, request: Request) {
+//!     worker.post(move |_| drop(request));
+//! }
+//! ```
+//!
+//! and nothing that leads to a node's driver outlives it, so that none is left when a drained section
+//! begins:
+//!
+//! ```
+//! # use blockcore::io::Request;
+//! fn length(request: Request) -> u64 {
+//!     let io = request.io();
+//!     let bytes = io.bytes();
+//!     drop(request);
+//!     bytes
+//! }
+//! ```
+//!
+//! ```compile_fail,E0505
+//! # use blockcore::io::Request;
+//! fn length(request: Request) -> u64 {
+//!     let io = request.io();
+//!     drop(request);
+//!     io.bytes()
+//! }
+//! ```
+//!
+//! A commit waits for nothing, and happens once:
+//!
+//! ```
+//! # use blockcore::graph::Prepared;
+//! async fn make_it_so(change: Prepared) {
+//!     change.commit();
+//! }
+//! ```
+//!
+//! ```compile_fail,E0277
+//! # use blockcore::graph::Prepared;
+//! async fn make_it_so(change: Prepared) {
+//!     change.commit().await;
+//! }
+//! ```
+//!
+//! ```compile_fail,E0382
+//! # use blockcore::graph::Prepared;
+//! async fn make_it_so(change: Prepared) {
+//!     change.commit();
+//!     change.commit();
+//! }
+//! ```
+//!
+//! What was seen in the graph is not kept across an await: names and identifiers are, and looked up
+//! again.
+//!
+//! ```
+//! # use blockcore::graph::{Control, Node, NodeId};
+//! async fn look(control: &Control) {
+//!     let disk: Option<NodeId> = control.read(|graph| Some(graph.node("disk").ok()?.id()));
+//!     control.begin().await;
+//!     drop(disk);
+//! }
 //! ```
 //!
 //! ```compile_fail
-//! async fn wait_for_a_commit(change: blockcore::graph::Prepared) { change.commit().await; }
+//! # use blockcore::graph::{Control, Node, NodeId};
+//! async fn look(control: &Control) {
+//!     let disk: Option<&Node> = control.read(|graph| Some(graph.node("disk").ok()?));
+//!     control.begin().await;
+//!     drop(disk);
+//! }
 //! ```
 
+mod activity;
 mod bitmaps;
 mod blockers;
 mod chain;
@@ -68,6 +186,7 @@ use crate::driver::{DriverType, OpenModes};
 use crate::io::{IoContext, Plan};
 use crate::mailbox::Mailbox;
 use crate::node::Notice;
+use crate::throttle::Groups;
 use crate::turns::Turns;
 use crate::{Error, ErrorKind};
 
@@ -273,6 +392,7 @@ pub struct Control {
     turns: Turns,
     notices: Arc<Mailbox<Notice>>,
     next_name: Rc<Cell<u64>>,
+    throttle_groups: Groups,
 }
 
 impl Control {
@@ -282,6 +402,7 @@ impl Control {
             graph: Rc::new(RefCell::new(graph)),
             notices: Mailbox::new(Arc::clone(context.engine().sleeper())),
             context,
+            throttle_groups: Groups::default(),
             turns: Turns::default(),
             next_name: Rc::default(),
         }
@@ -295,6 +416,11 @@ impl Control {
     /// Changes the graph: for commit, and for what concerns no request.
     pub(crate) fn change<T>(&self, change: impl FnOnce(&mut Graph) -> T) -> T {
         change(&mut self.graph.borrow_mut())
+    }
+
+    /// The throttle groups of the process.
+    pub fn throttle_groups(&self) -> &Groups {
+        &self.throttle_groups
     }
 
     /// The control thread's context.
@@ -351,3 +477,6 @@ impl Control {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -147,11 +147,11 @@ fn place(view: &View<'_>, id: NodeId) -> Result<String, Error> {
     let mut at = id;
     loop {
         let node = view.node(at);
-        if let Some(directory) = node.driver.take().directory() {
-            return Ok(format!("{}/", directory.trim_end_matches('/')));
-        }
         if let Some(name) = &node.exact_name {
             return Ok(name.clone());
+        }
+        if let Some(directory) = node.driver.take().directory() {
+            return Ok(format!("{}/", directory.trim_end_matches('/')));
         }
         match view.shape.child_with(at, Role::PRIMARY) {
             Some(edge) => at = edge.child,
@@ -327,6 +327,28 @@ impl Change {
 }
 
 impl Control {
+    /// Rewrites what a node's header says of its backing image, and nothing else.
+    ///
+    /// # Errors
+    ///
+    /// As [`Driver::change_backing`](crate::driver::Driver::change_backing).
+    pub async fn change_backing_name(
+        &self,
+        node: NodeId,
+        backing: Option<BackingName>,
+    ) -> Result<(), Error> {
+        let mut change = self.begin().await;
+        change
+            .drain(crate::drain::Scope::Nodes([node].into()))
+            .await;
+        let root = change.temporary_root(node, Permissions::all());
+        let driver = change.driver_of(node);
+        let changed = driver.take().change_backing(root, backing).await;
+        // The commit looks at the header anew.
+        let finished = change.prepare().await?.commit().finish().await;
+        changed.and(finished)
+    }
+
     /// The layer of the chain of `top` whose image is called `name`, as an operator writes it: relative
     /// to the overlay that has it, or absolute. Never relative to this process's directory.
     pub async fn find_in_chain(&self, top: NodeId, name: &str) -> Option<NodeId> {

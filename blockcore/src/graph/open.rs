@@ -126,6 +126,30 @@ impl Control {
         change.prepare().await?.commit().finish().await
     }
 
+    /// Closes every node that was added and that nobody uses, with those below.
+    ///
+    /// # Errors
+    ///
+    /// The first node's that could not write back what it held; the others are closed all the same.
+    pub async fn close_all(&self) -> Result<(), Error> {
+        let mut outcome = Ok(());
+        loop {
+            let unused = self.read(|graph| {
+                let mut nodes = graph.shape.nodes();
+                let unused = nodes
+                    .find(|(id, vertex)| vertex.owned && graph.shape.parents(*id).next().is_none());
+                unused.map(|(_, vertex)| vertex.name.to_string())
+            });
+            let Some(name) = unused else { return outcome };
+            let closed = self.remove(&name).await;
+            if self.read(|graph| graph.node(&name).is_ok()) {
+                // It would be found again for ever.
+                return outcome.and(closed);
+            }
+            outcome = outcome.and(closed);
+        }
+    }
+
     /// A name that no operator's node can have.
     pub(super) fn make_name(&self) -> String {
         let number = self.next_name.get();
@@ -427,6 +451,8 @@ impl Change {
             modes,
             children: self.open_children_of(id),
             file,
+            find_bitmap: self.control().find_bitmap(),
+            throttle_groups: self.control().throttle_groups().clone(),
         })
         .await?;
         let notices = Arc::clone(&self.control().notices);

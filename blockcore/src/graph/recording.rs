@@ -5,12 +5,15 @@
 //! that is another than the one recorded last, it is written down, durably. A commit then has nothing
 //! left that can fail. A change that is given up after that writes the old tree back.
 //!
+//! As long as an export serves what the arguments described first, nothing is written: a start with the
+//! same arguments serves the same, and one with others is the operator's choice.
+//!
 //! A restart finds one of the two. At the instant of the change both are right, since its roots are
 //! drained: what the old tree reads, the new one reads.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -20,7 +23,7 @@ use super::record::{
 };
 use super::{Change, Control, NodeId, RootId};
 use crate::driver::Role;
-use crate::engine::{HostCall, HostReply, OpenFile};
+use crate::engine::{Errno, HostCall, HostReply, OpenFile};
 use crate::options::{OptionSpec, OptionValue, Options};
 use crate::{Error, ErrorKind};
 
@@ -30,14 +33,18 @@ const MADE_UP: char = '#';
 /// The state file of one export.
 pub struct ExportState {
     export: String,
-    file: StateFile,
+    path: PathBuf,
+    /// `None` until there is something to record.
+    file: RefCell<Option<Rc<StateFile>>>,
     epoch: Cell<u64>,
     recorded: RefCell<Option<ExportRecord>>,
+    /// What the arguments described.
+    first: RefCell<Option<Tree>>,
 }
 
 impl ExportState {
-    /// Takes the state file at `path`, which nobody else may use meanwhile. With `discard` what it holds
-    /// is thrown away.
+    /// Takes the state file at `path`, if there is one, which nobody else may use meanwhile. With
+    /// `discard` what it holds is thrown away.
     ///
     /// # Errors
     ///
@@ -49,9 +56,17 @@ impl ExportState {
         discard: bool,
     ) -> Result<Rc<Self>, Error> {
         let context = control.context();
-        let (file, record) = match discard {
-            true => (StateFile::open_discarding(context, path).await?, None),
-            false => StateFile::open(context, path).await?,
+        let there = context.host(HostCall::Canonical(path.to_owned())).await;
+        let (file, record) = match (there, discard) {
+            (Err(Errno::NOENT), _) => (None, None),
+            (_, true) => {
+                let file = StateFile::open_discarding(context, path).await?;
+                (Some(Rc::new(file)), None)
+            }
+            (_, false) => {
+                let (file, record) = StateFile::open(context, path).await?;
+                (Some(Rc::new(file)), record)
+            }
         };
         let mut record = record.unwrap_or_default();
         let recorded = record.exports.remove(export);
@@ -64,8 +79,10 @@ impl ExportState {
         }
         Ok(Rc::new(Self {
             export: export.to_owned(),
-            file,
+            path: path.to_owned(),
+            file: RefCell::new(file),
             epoch: Cell::new(record.epoch),
+            first: RefCell::new(recorded.as_ref().and_then(|known| known.given.clone())),
             recorded: RefCell::new(recorded),
         }))
     }
@@ -73,6 +90,18 @@ impl ExportState {
     /// What was recorded last.
     pub fn recorded(&self) -> Option<ExportRecord> {
         self.recorded.borrow().clone()
+    }
+
+    /// What is to be recorded for a tree, if that is not what is recorded already.
+    fn to_record(&self, current: Tree) -> Option<Option<ExportRecord>> {
+        let mut first = self.first.borrow_mut();
+        let recorded = self.recorded.borrow();
+        let given = first.get_or_insert_with(|| current.clone()).clone();
+        let after = (given != current).then_some(ExportRecord {
+            given: Some(given),
+            current,
+        });
+        (*recorded != after).then_some(after)
     }
 
     async fn write(&self, control: &Control, export: Option<ExportRecord>) -> Result<(), Error> {
@@ -83,7 +112,17 @@ impl ExportState {
             epoch,
             exports: exports.into_iter().collect(),
         };
-        self.file.write(control.context(), &record).await?;
+        let known = self.file.borrow().clone();
+        let file = match known {
+            Some(file) => file,
+            None => {
+                let (file, _) = StateFile::open(control.context(), &self.path).await?;
+                let file = Rc::new(file);
+                self.file.replace(Some(Rc::clone(&file)));
+                file
+            }
+        };
+        file.write(control.context(), &record).await?;
         self.recorded.replace(export);
         Ok(())
     }
@@ -123,24 +162,16 @@ impl Change {
                     node.identity = Some(identity);
                 }
             }
-            let before = state.recorded();
-            if before
-                .as_ref()
-                .is_some_and(|before| before.current == current)
-            {
+            let Some(after) = state.to_record(current) else {
                 continue;
-            }
-            let given = match &before {
-                Some(before) => before.given.clone(),
-                None => Some(current.clone()),
             };
-            let after = ExportRecord { given, current };
+            let before = state.recorded();
             // Noted first: a write that fails late may have had its effect.
             self.state_mut().written.push(Written {
                 state: Rc::clone(&state),
                 before,
             });
-            state.write(self.control(), Some(after)).await?;
+            state.write(self.control(), after).await?;
         }
         Ok(())
     }

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeSet;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use super::node::DriverCell;
 use super::open::{Inherited, NODE_OPTIONS, modes_of};
@@ -64,6 +65,16 @@ impl Change {
         if nodes.len() < queue.len() {
             return Err(Error::invalid("a node to reopen is named twice"));
         }
+        // A later entry may have cut off what an earlier one names.
+        if let Some(gone) = queue
+            .iter()
+            .find(|entry| !self.state().shape.contains(entry.node))
+        {
+            return Err(Error::invalid(format!(
+                "cannot reopen node '{}': another node takes its place, and nobody else uses it",
+                gone.name
+            )));
+        }
         self.drain(Scope::Subtrees(nodes)).await;
         for entry in &queue {
             self.flush_before(entry).await?;
@@ -99,6 +110,7 @@ impl Change {
         let place = queue.len();
         queue.push(Entry {
             node,
+            name: Arc::clone(name),
             options: Options::default(),
             before: vertex.modes,
             modes,
@@ -176,7 +188,7 @@ impl Change {
         wanted: Option<NodeId>,
     ) -> Result<(), Error> {
         let shape = &self.state().shape;
-        let name = std::sync::Arc::clone(&shape.vertex(node).name);
+        let name = Arc::clone(&shape.vertex(node).name);
         if !matches!(spec.name, "file" | "backing") {
             return Err(Error::invalid(format!(
                 "cannot replace child '{}' of node '{name}': only 'file' and 'backing' can be",
@@ -214,6 +226,17 @@ impl Change {
         }
     }
 
+    /// What children are to a node may depend on its options.
+    fn update_roles(&mut self, id: NodeId, options: &Options) {
+        let shape = &mut self.state_mut().shape;
+        let vertex = shape.vertex(id).clone();
+        for (index, edge) in vertex.children.iter().enumerate() {
+            if let Some(edge) = edge {
+                shape.edge_mut(*edge).role = vertex.kind.child_role(options, index);
+            }
+        }
+    }
+
     async fn reopen_driver(&mut self, entry: Entry) -> Result<(), Error> {
         let (id, kind) = (entry.node, self.state().shape.vertex(entry.node).kind);
         let (driver, before) = self.control().read(|graph| {
@@ -242,6 +265,7 @@ impl Change {
                 "cannot change the option '{option}' of node '{name}'"
             )));
         }
+        self.update_roles(id, &options);
         // As far as the shape says now: who writes to the node once the change is done.
         let writes = super::permission::Permissions::WRITE
             | super::permission::Permissions::WRITE_UNCHANGED
@@ -275,6 +299,7 @@ impl Change {
 /// A node on its way to be reopened.
 struct Entry {
     node: NodeId,
+    name: Arc<str>,
     options: Options,
     before: crate::driver::OpenModes,
     modes: crate::driver::OpenModes,

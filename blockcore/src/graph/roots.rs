@@ -115,12 +115,14 @@ impl Control {
     pub async fn detach(&self, id: RootId, context: &ContextHandle) {
         let (reply, quiet) = oneshot::channel();
         context.post(move |context| {
-            if let Some(root) = context.remove_root(id) {
+            if let Some(root) = context.root(id) {
+                root.leave();
                 root.when_quiet(reply);
             }
         });
         // A worker that is gone has nothing in flight.
         let _ = quiet.await;
+        context.post(move |context| context.remove_root(id));
         self.change(|graph| {
             if let Some(root) = graph.roots.get_mut(&id) {
                 let place = root
@@ -184,10 +186,6 @@ impl Control {
             root.map_or_else(Vec::new, |root| root.contexts.clone())
         });
         for context in contexts {
-            if context.is_same(self.context.handle()) {
-                self.context.remove_root(id);
-                continue;
-            }
             self.detach(id, &context).await;
         }
         let mut change = self.begin().await;

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use super::permission::Permissions;
 use super::{EdgeId, NodeId, RootId};
-use crate::driver::{ChildPermissions, ChildQuery, DriverType, OpenModes, Role};
+use crate::driver::{ChildPermissions, ChildQuery, DriverKind, DriverType, OpenModes, Role};
 use crate::fault::{self, Fault};
 use crate::{Error, ErrorKind};
 
@@ -156,8 +156,21 @@ impl Shape {
 
     /// The next node of the chain below a node: what it filters, or its backing node.
     pub(crate) fn next_in_chain(&self, id: NodeId) -> Option<NodeId> {
-        let edge = self.child_with(id, Role::FILTERED | Role::COW)?;
-        Some(edge.child)
+        Some(self.edge(self.link(id)?).child)
+    }
+
+    /// The edge to it. A format that passes its child through as it is, like `raw`, ends a chain all the
+    /// same.
+    pub(crate) fn link(&self, id: NodeId) -> Option<EdgeId> {
+        let vertex = self.vertex(id);
+        let role = match vertex.kind.kind {
+            DriverKind::Filter => Role::FILTERED | Role::COW,
+            _ => Role::COW,
+        };
+        let mut children = vertex.children.iter().flatten();
+        children
+            .find(|edge| self.edge(**edge).role.intersects(role))
+            .copied()
     }
 
     /// Who a parent is, for messages.

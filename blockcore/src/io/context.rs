@@ -116,6 +116,11 @@ impl IoContext {
 
     /// The root called `id`, if it is attached here.
     pub fn root(&self, id: RootId) -> Option<Rc<Root>> {
+        self.any_root(id).filter(|root| !root.is_leaving())
+    }
+
+    /// As [`root`](Self::root); also one that is being detached, which may have requests in flight.
+    pub(crate) fn any_root(&self, id: RootId) -> Option<Rc<Root>> {
         self.roots.borrow().get(&id).cloned()
     }
 
@@ -123,8 +128,8 @@ impl IoContext {
         self.roots.borrow_mut().insert(root.id(), root);
     }
 
-    pub(crate) fn remove_root(&self, id: RootId) -> Option<Rc<Root>> {
-        self.roots.borrow_mut().remove(&id)
+    pub(crate) fn remove_root(&self, id: RootId) {
+        self.roots.borrow_mut().remove(&id);
     }
 
     /// The engine's clock as it was when this turn began, or the sleep before it ended.

@@ -92,7 +92,7 @@ impl<'a> Io<'a> {
                 true => layer.check_write(offset, bytes)?,
                 false => layer.check(offset, bytes)?,
             }
-            let turn = layer.track(offset, bytes, write).await;
+            let turn = layer.track(offset, bytes, false).await;
             let marks = write.then(|| layer.changes(offset, bytes));
             held.push((turn, marks));
             let node = layer.node();

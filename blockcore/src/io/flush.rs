@@ -4,7 +4,7 @@
 //! A flush looks at the sum of all counters that reach the node *before* it begins; once it has
 //! succeeded, everything up to that sum is durable, and a later flush that finds the same sum has
 //! nothing to do. A node begins in doubt: what an earlier life of this process completed may not be
-//! durable, so the first flush is a real one.
+//! durable, so the first flush is a real one. So is the first after a change of what is below.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -67,6 +67,13 @@ impl Generation {
         (in_doubt || table.flushed.unwrap_or(0) < sum).then_some(sum)
     }
 
+    /// Requests go another way from now on: what was flushed on the old one may not be durable on the new
+    /// one, as with flushes that were ignored, or a child that somebody else wrote to. Nothing is in
+    /// flight.
+    pub(crate) fn doubt(&self) {
+        self.table().flushed = None;
+    }
+
     fn succeeded(&self, covered: u64) {
         let mut table = self.table();
         table.flushed = Some(table.flushed.map_or(covered, |before| before.max(covered)));
@@ -86,6 +93,9 @@ impl Io<'_> {
     /// data or metadata are flushed, or the one that a filter passes through. A backing node never is.
     pub async fn flush(self) -> Result<(), IoError> {
         let node = self.node();
+        if node.modes.read_only {
+            return Ok(());
+        }
         let Some(covers) = node.state.generation.begin() else {
             return Ok(());
         };

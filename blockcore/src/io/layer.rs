@@ -18,7 +18,7 @@ use super::root::Request;
 use super::tracked::Tracked;
 use super::{BOUNCE_BYTES, IoContext, IoFuture, Modes, align};
 use crate::IoError;
-use crate::driver::{DetectZeroes, DriverKind, Limits, Role, WriteFlags, ZeroFlags};
+use crate::driver::{DetectZeroes, DriverKind, Limits, Role, SnapshotIo, WriteFlags, ZeroFlags};
 use crate::fault::{self, Fault};
 use crate::graph::permission::Permissions;
 use crate::node::NodeState;
@@ -28,6 +28,19 @@ use crate::node::NodeState;
 pub struct Io<'a> {
     request: &'a Request,
     index: usize,
+}
+
+/// See [`Io::fork`]. Drained sections wait for it.
+pub struct Fork {
+    request: Request,
+    index: usize,
+}
+
+impl Fork {
+    /// The node with the pipeline around it.
+    pub fn io(&self) -> Io<'_> {
+        Io::root(&self.request).at(self.index)
+    }
 }
 
 impl<'a> Io<'a> {
@@ -56,6 +69,19 @@ impl<'a> Io<'a> {
     /// How this node was opened.
     pub fn modes(self) -> Modes {
         self.node().modes
+    }
+
+    /// What this node keeps of a moment, if its driver does that.
+    pub fn snapshot(self) -> Option<&'a dyn SnapshotIo> {
+        self.node().io.snapshot()
+    }
+
+    /// A request of its own at this node, for work that this one stops waiting for.
+    pub fn fork(self) -> Fork {
+        Fork {
+            request: self.request.fork(),
+            index: self.index,
+        }
     }
 
     /// This node's limits.
@@ -97,7 +123,8 @@ impl<'a> Io<'a> {
 
     /// The child that this node passes through; `None` if it is no filter.
     pub fn filtered(self) -> Option<Self> {
-        self.child_with(Role::FILTERED)
+        let is_filter = self.node().kind == DriverKind::Filter;
+        self.child_with(Role::FILTERED).filter(|_| is_filter)
     }
 
     /// The child that this node defers to for what it does not hold; `None` for filters.
@@ -108,7 +135,7 @@ impl<'a> Io<'a> {
     /// [`filtered`](Self::filtered) or [`backing`](Self::backing), whichever there is: the next node of
     /// the chain.
     pub fn next_in_chain(self) -> Option<Self> {
-        self.child_with(Role::FILTERED | Role::COW)
+        self.filtered().or_else(|| self.backing())
     }
 
     /// What becomes of a call that the driver left out: a filter's goes to its child, others cannot.
@@ -134,7 +161,14 @@ impl<'a> Io<'a> {
     /// A parent that holds data in this node may read past its end and, with the right to resize, write
     /// there.
     fn is_growable(self) -> bool {
-        self.node().kind == DriverKind::Protocol && self.index != 0
+        if self.index == 0 {
+            return false;
+        }
+        match self.filtered() {
+            // A filter grows with what it filters.
+            Some(child) => child.is_growable(),
+            None => self.node().kind == DriverKind::Protocol,
+        }
     }
 
     pub(super) fn check(self, offset: u64, bytes: u64) -> Result<(), IoError> {
@@ -146,7 +180,8 @@ impl<'a> Io<'a> {
     }
 
     pub(super) fn check_write(self, offset: u64, bytes: u64) -> Result<(), IoError> {
-        if self.modes().read_only {
+        let may_write = Permissions::WRITE | Permissions::WRITE_UNCHANGED;
+        if self.modes().read_only || !self.node().granted.intersects(may_write) {
             return Err(IoError::ReadOnly);
         }
         if self.is_growable() && self.node().granted.contains(Permissions::RESIZE) {

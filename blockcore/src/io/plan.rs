@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::align;
 use super::{HeaderGuard, IoContext};
 use crate::dirty_bitmap::Bits;
-use crate::driver::{DetectZeroes, DriverIo, DriverKind, Limits, Mapping, Role};
+use crate::driver::{DetectZeroes, DriverIo, DriverKind, Limits, Mapping, Role, SnapshotIo};
 use crate::engine::FileId;
 use crate::graph::permission::Permissions;
 use crate::io::buffer::Segments;
@@ -99,7 +99,10 @@ impl Plan {
             memory_alignment: all(|limits| limits.memory_alignment) as usize,
             max_bytes: nodes.iter().map(longest).min().unwrap_or(u64::MAX),
             reads: untracked,
-            writes: untracked && !nodes[0].modes.read_only && nodes.iter().all(writes),
+            writes: untracked
+                && !nodes[0].modes.read_only
+                && nodes[0].granted.contains(Permissions::WRITE)
+                && nodes.iter().all(writes),
         };
         Arc::new(Self { nodes, fast })
     }
@@ -124,6 +127,14 @@ impl Plan {
             })
     }
 
+    /// The next flush of every node is a real one: some of them may have other children, or other modes,
+    /// than when they were flushed.
+    pub(crate) fn doubt_flushes(&self) {
+        for node in &self.nodes {
+            node.state.generation.doubt();
+        }
+    }
+
     /// The length of the root in bytes, now.
     #[inline]
     pub fn bytes(&self) -> u64 {
@@ -138,6 +149,11 @@ impl Plan {
     /// How the root was opened.
     pub fn modes(&self) -> Modes {
         self.nodes[0].modes
+    }
+
+    /// What the root's node keeps of a moment.
+    pub(crate) fn snapshot(&self) -> Option<&dyn SnapshotIo> {
+        self.nodes[0].io.snapshot()
     }
 
     /// Whether requests go past the host's page cache, so that the disk works beside the worker.

@@ -83,6 +83,8 @@ pub struct Root {
     context: Rc<IoContext>,
     plan: RefCell<Rc<LocalPlan>>,
     held: Cell<bool>,
+    /// It is being detached: drained sections wait for it, and nobody new finds it.
+    leaving: Cell<bool>,
     fast_path: Cell<bool>,
     requests: RefCell<Requests>,
     /// Who is to be told when nothing is in flight.
@@ -126,6 +128,7 @@ impl Root {
             plan: RefCell::new(LocalPlan::new(&context, plan)),
             context,
             held: Cell::new(held),
+            leaving: Cell::new(false),
             fast_path: Cell::new(true),
             requests: RefCell::default(),
             quiet: RefCell::default(),
@@ -301,6 +304,15 @@ impl Root {
         }
     }
 
+    pub(crate) fn is_leaving(&self) -> bool {
+        self.leaving.get()
+    }
+
+    /// Nobody finds the root any more; its requests go on to their end.
+    pub(crate) fn leave(&self) {
+        self.leaving.set(true);
+    }
+
     /// Tells `reply` when nothing is in flight.
     pub(crate) fn when_quiet(&self, reply: oneshot::Sender<()>) {
         if self.in_flight() == 0 || fault::is_planted(Fault::DrainWait) {
@@ -359,6 +371,18 @@ impl Request {
     /// The root's node with the pipeline around it.
     pub fn io(&self) -> Io<'_> {
         Io::root(self)
+    }
+
+    /// Another request that goes the same way and has entered as this one has, whatever holds the root by
+    /// now: who waits for this one waits for that, too.
+    pub(super) fn fork(&self) -> Self {
+        let mut requests = self.root.requests.borrow_mut();
+        let this = requests.slots[self.slot as usize].expect("until dropped");
+        Self {
+            slot: requests.add(this),
+            root: Rc::clone(&self.root),
+            plan: Rc::clone(&self.plan),
+        }
     }
 
     /// Something has been changed, well or not: a flush that begins later must cover it.

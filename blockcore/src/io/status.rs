@@ -60,7 +60,8 @@ impl<'a> Io<'a> {
     pub(crate) fn default_status(self, offset: u64, bytes: u64) -> IoFuture<'a, Status> {
         let node = self.node();
         let filtered = |child: &Option<super::plan::PlanChild>| {
-            child.is_some_and(|c| c.role.contains(crate::driver::Role::FILTERED))
+            let is_filter = node.kind == DriverKind::Filter;
+            child.is_some_and(|c| is_filter && c.role.contains(crate::driver::Role::FILTERED))
         };
         let status = match node.children.iter().position(filtered) {
             Some(index) => Status {
@@ -148,7 +149,8 @@ impl<'a> Io<'a> {
             return Err(IoError::Failed);
         }
         let data = StatusFlags::DATA | StatusFlags::PLACE;
-        if cached && status.flags == data && status.place.offset == begin {
+        // A long answer may call zeroes data, and would hide them from who asks exactly later.
+        if cached && exact && status.flags == data && status.place.offset == begin {
             node.state.status_cache.fill(begin, status.bytes, looked);
         }
         let skipped = offset - begin;
@@ -188,7 +190,8 @@ impl<'a> Io<'a> {
             flags.insert(StatusFlags::ALLOCATED);
             return;
         }
-        if !exact {
+        if !exact || self.node().kind == DriverKind::Protocol {
+            // What a protocol says nothing of is nothing that anybody has put there.
             return;
         }
         match self.backing() {

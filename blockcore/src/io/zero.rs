@@ -112,9 +112,7 @@ impl<'a> Io<'a> {
     /// Discards what lies in whole units of the driver; the rest, and hosts that cannot, are no error.
     pub async fn discard(self, offset: u64, bytes: u64) -> Result<(), IoError> {
         self.check(offset, bytes)?;
-        if self.modes().read_only {
-            return Err(IoError::ReadOnly);
-        }
+        self.check_write(offset, bytes)?;
         let node = self.node();
         if !node.modes.unmap || bytes == 0 {
             return Ok(());

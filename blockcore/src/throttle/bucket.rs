@@ -147,6 +147,11 @@ impl Buckets {
         }
     }
 
+    /// Until when time has passed.
+    pub(super) fn now(&self) -> Duration {
+        self.now
+    }
+
     /// Lets time pass until `now`. One worker may have looked at the clock a moment before another
     /// did and come later: no time passes then.
     pub(super) fn advance(&mut self, now: Duration) {

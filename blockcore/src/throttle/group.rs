@@ -206,9 +206,15 @@ impl Member {
         &self.group
     }
 
+    /// Whether the group limits anything now: who finds that it does not need not ask to be admitted.
+    #[inline]
+    pub fn is_limited(&self) -> bool {
+        self.group.limited.load(Ordering::Relaxed)
+    }
+
     /// Admits a request of `bytes` bytes if that can be done without a wait; returns whether it is.
     pub fn try_admit(&self, now: Duration, direction: Direction, bytes: u64) -> bool {
-        if !self.group.limited.load(Ordering::Relaxed) {
+        if !self.is_limited() {
             return true;
         }
         self.group.with(|state, _| {
@@ -253,9 +259,12 @@ impl Member {
 
     /// From now on until [`drain_end`](Self::drain_end) nothing waits here: what does goes at once.
     /// All of it is charged, so the group's other requests, and later ones, make up for it. Nests.
-    pub fn drain_begin(&self, now: Duration) {
+    ///
+    /// Whoever drains has no clock: the group's is where its last request left it, which is earlier. Who
+    /// goes is charged as of then.
+    pub fn drain_begin(&self) {
         self.group.with(|state, wakers| {
-            state.buckets.advance(now);
+            let now = state.buckets.now();
             state.queues(self.number).drains += 1;
             for direction in DIRECTIONS {
                 while let Some(ticket) = state.first(self.number, direction) {

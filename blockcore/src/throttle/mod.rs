@@ -13,9 +13,11 @@
 
 mod bucket;
 mod group;
+mod registry;
 mod speed;
 
 pub use self::group::{Group, Member, MemberStats};
+pub use self::registry::{GroupUse, Groups};
 pub use self::speed::RateLimit;
 
 use crate::Error;

@@ -521,8 +521,8 @@ fn a_drain_lets_the_queue_go_and_the_others_make_up_for_it() {
         machine.run_until(SECOND / 2);
         machine.load(&other, (1, Direction::Write), 8, (512, 512), 8 * SECOND);
         let start = machine.now();
-        drained.drain_begin(machine.clock());
-        drained.drain_begin(machine.clock());
+        drained.drain_begin();
+        drained.drain_begin();
         let enough = || machine.count_of(0) == 150;
         machine.simulation.run_until(LIMIT, enough).unwrap();
         assert!(machine.now() <= start + JITTER, "seed {seed}");

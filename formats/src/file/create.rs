@@ -4,12 +4,13 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 
+use blockcore::driver::Preallocation;
 use blockcore::engine::{Errno, HostCall, HostReply, Op, OpenFile, OpenOptions};
 use blockcore::io::IoContext;
-use blockcore::io::align;
-use blockcore::io::buffer::Segments;
 use blockcore::options::{OptionKind, OptionSpec, Options};
 use blockcore::{Error, ErrorKind};
+
+use super::length::prepare_space;
 
 /// Options of creation, under QEMU's names.
 pub const CREATE_OPTIONS: &[OptionSpec] = &[
@@ -54,9 +55,6 @@ pub const CREATE_OPTIONS: &[OptionSpec] = &[
         help: "unit in which the file system should allocate, 0 for its own choice",
     },
 ];
-
-/// How much `preallocation=full` writes at once.
-const ZERO_BYTES: u64 = 1 << 20;
 
 /// Makes a file that was not there, durable in its directory. A failed creation leaves no file.
 pub(super) async fn create(context: Rc<IoContext>, options: Options) -> Result<(), Error> {
@@ -136,37 +134,13 @@ async fn fill(
         let call = HostCall::SetExtentSizeHint(Arc::clone(file), hint);
         let _ = context.host(call).await;
     }
-    match options.text(CREATE_OPTIONS, "preallocation") {
-        "falloc" if bytes > 0 => {
-            let call = HostCall::Reserve(Arc::clone(file), 0, bytes);
-            context.host(call).await?;
-        }
-        "full" => write_zeroes(context, file, bytes).await?,
-        _ => {}
-    }
+    let wanted = options.text(CREATE_OPTIONS, "preallocation");
+    let mut names = Preallocation::NAMES.into_iter();
+    let preallocation = names.find(|(name, _)| *name == wanted);
+    let preallocation = preallocation.expect("one of the table's").1;
+    prepare_space(context, file, (0, bytes), 1, preallocation).await?;
     let call = HostCall::Truncate(Arc::clone(file), bytes);
     context.host(call).await?;
     context.op(Op::Sync { file: file.id() }).await.0?;
-    Ok(())
-}
-
-async fn write_zeroes(context: &IoContext, file: &Arc<OpenFile>, bytes: u64) -> Result<(), Errno> {
-    let zeroes = Segments::allocate(ZERO_BYTES as usize, 4096);
-    for (piece, piece_bytes) in align::pieces(0, bytes, ZERO_BYTES) {
-        let mut done = 0;
-        while done < piece_bytes {
-            let op = Op::Write {
-                file: file.id(),
-                offset: piece + done,
-                segments: zeroes.slice(done, piece_bytes - done),
-            };
-            match context.op(op).await.0 {
-                Ok(0) => return Err(Errno::NOSPC),
-                Ok(moved) => done += moved,
-                Err(Errno::INTR) => {}
-                Err(error) => return Err(error),
-            }
-        }
-    }
     Ok(())
 }

@@ -8,6 +8,10 @@
 //! Locks follow the permissions that the users of the node have together. They are taken while a change
 //! of the graph is prepared, beside those that are held; what is not needed any more is given up
 //! afterwards, in the background.
+//!
+//! A node whose file is opened anew has its locks twice until that change is over: what is new is taken
+//! and tested on the description that has been there, and only then all of it on the other one, since
+//! a test cannot tell one's own locks on another description from somebody else's.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
@@ -38,13 +42,13 @@ const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
 /// What the users of a node need and share together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Users {
-    needs: Permissions,
-    shares: Permissions,
+pub(super) struct Users {
+    pub(super) needs: Permissions,
+    pub(super) shares: Permissions,
 }
 
 impl Users {
-    const NOBODY: Self = Self {
+    pub(super) const NOBODY: Self = Self {
         needs: Permissions::empty(),
         shares: Permissions::all(),
     };
@@ -58,17 +62,26 @@ impl Users {
     }
 }
 
-/// The locks of one open file description.
+/// The locks of a node.
 pub(super) struct Locks {
     context: Rc<IoContext>,
-    file: Arc<OpenFile>,
     /// Where the host has no such locks, go on without.
     optional: bool,
     committed: Cell<Users>,
     prepared: Cell<Option<Users>>,
-    taken: RefCell<BTreeSet<u64>>,
+    held: RefCell<Held>,
+    /// On the description that takes the place of the other with the commit.
+    copied: RefCell<Option<Held>>,
+    /// To be given up altogether.
+    retired: RefCell<Vec<Held>>,
     /// Taking and giving up are one at a time.
     turns: Turns,
+}
+
+/// The bytes that are locked on one open file description, or may be.
+struct Held {
+    file: Arc<OpenFile>,
+    bytes: BTreeSet<u64>,
 }
 
 impl Locks {
@@ -76,38 +89,39 @@ impl Locks {
     pub(super) fn new(context: Rc<IoContext>, file: Arc<OpenFile>, optional: bool) -> Rc<Self> {
         Rc::new(Self {
             context,
-            file,
             optional,
             committed: Cell::new(Users::NOBODY),
             prepared: Cell::new(None),
-            taken: RefCell::default(),
+            held: RefCell::new(Held {
+                file,
+                bytes: BTreeSet::new(),
+            }),
+            copied: RefCell::default(),
+            retired: RefCell::default(),
             turns: Turns::default(),
         })
     }
 
-    /// Takes what these users need beside what is held.
+    /// Takes what these users need beside what is held. `file` is the description that the node has from
+    /// the commit on: the one it has, or another, which gets all of its locks.
     ///
     /// # Errors
     ///
     /// As [`take`]; nothing more is held than before.
     pub(super) async fn prepare(
         self: &Rc<Self>,
-        needs: Permissions,
-        shares: Permissions,
+        users: Users,
+        file: &Arc<OpenFile>,
     ) -> Result<(), Error> {
         let turn = self.turns.next().await;
-        let users = Users { needs, shares };
+        self.retire_copies();
+        self.release_retired().await;
         self.prepared.set(Some(users));
-        let both = self.committed.get().and(users);
-        if both == self.committed.get() {
-            // Nothing to ask for: what is held is enough, and need not be tested again.
-            return Ok(());
-        }
-        // Noted before they are had: what a failure leaves behind is given up, too.
-        self.taken
-            .borrow_mut()
-            .extend(mine(both.needs, both.shares));
-        match take(&self.context, &self.file, both.needs, both.shares).await {
+        let taken = match self.extend(users).await {
+            Ok(()) => self.copy_to(file).await,
+            Err(error) => Err(error),
+        };
+        match taken {
             Err(error) if self.optional && error.kind() == ErrorKind::Unsupported => {
                 tracing::warn!(
                     error = %error.report(),
@@ -117,6 +131,7 @@ impl Locks {
             }
             Err(error) => {
                 self.prepared.set(None);
+                self.retire_copies();
                 self.trim(turn).await;
                 Err(error)
             }
@@ -124,19 +139,68 @@ impl Locks {
         }
     }
 
+    /// Takes and tests what is held and what `users` need.
+    async fn extend(&self, users: Users) -> Result<(), Error> {
+        let both = self.committed.get().and(users);
+        if both == self.committed.get() {
+            // Nothing to ask for: what is held is enough, and need not be tested again.
+            return Ok(());
+        }
+        let file = {
+            // Noted before they are had: what a failure leaves behind is given up, too.
+            let mut held = self.held.borrow_mut();
+            held.bytes.extend(mine(both.needs, both.shares));
+            Arc::clone(&held.file)
+        };
+        take(&self.context, &file, both.needs, both.shares).await
+    }
+
+    /// Takes all that is held on another description as well. Nobody can have come in between, so there
+    /// is nothing to test.
+    async fn copy_to(&self, file: &Arc<OpenFile>) -> Result<(), Error> {
+        let bytes = {
+            let held = self.held.borrow();
+            if Arc::ptr_eq(&held.file, file) {
+                return Ok(());
+            }
+            held.bytes.clone()
+        };
+        self.copied.replace(Some(Held {
+            file: Arc::clone(file),
+            bytes: bytes.clone(),
+        }));
+        for byte in bytes {
+            let call = HostCall::LockShared(Arc::clone(file), byte);
+            let locked = self.context.host(call).await;
+            locked.map_err(|error| refused(file.path(), error))?;
+        }
+        Ok(())
+    }
+
     /// What was prepared holds.
     pub(super) fn commit(self: &Rc<Self>) {
-        if let Some(users) = self.prepared.take() {
-            self.committed.set(users);
-            self.trim_later();
+        let Some(users) = self.prepared.take() else {
+            return;
+        };
+        self.committed.set(users);
+        if let Some(copied) = self.copied.take() {
+            let old = self.held.replace(copied);
+            self.retired.borrow_mut().push(old);
         }
+        self.trim_later();
     }
 
     /// What was prepared does not.
     pub(super) fn abort(self: &Rc<Self>) {
         if self.prepared.take().is_some() {
+            self.retire_copies();
             self.trim_later();
         }
+    }
+
+    fn retire_copies(&self) {
+        let copied = self.copied.take();
+        self.retired.borrow_mut().extend(copied);
     }
 
     fn trim_later(self: &Rc<Self>) {
@@ -152,24 +216,42 @@ impl Locks {
 
     /// Gives up what nobody needs, as it is when its turn has come.
     async fn trim(&self, _turn: Turn) {
+        self.release_retired().await;
         let mut users = self.committed.get();
         if let Some(prepared) = self.prepared.get() {
             users = users.and(prepared);
         }
         let keep: BTreeSet<_> = mine(users.needs, users.shares).collect();
-        let excess: Vec<_> = self.taken.borrow().difference(&keep).copied().collect();
+        let (file, excess) = {
+            let held = self.held.borrow();
+            let excess: Vec<_> = held.bytes.difference(&keep).copied().collect();
+            (Arc::clone(&held.file), excess)
+        };
         for byte in excess {
-            let call = HostCall::Unlock(Arc::clone(&self.file), byte);
-            match self.context.host(call).await {
-                Ok(_) => {
-                    self.taken.borrow_mut().remove(&byte);
-                }
-                Err(error) => {
-                    let path = self.file.path().display();
-                    tracing::warn!(%path, %error, "cannot give up a lock of an image");
-                }
+            if self.unlock(&file, byte).await {
+                self.held.borrow_mut().bytes.remove(&byte);
             }
         }
+    }
+
+    /// Gives up the locks of descriptions that have gone out of use: a test would find them as long as
+    /// some engine has these attached.
+    async fn release_retired(&self) {
+        for held in self.retired.take() {
+            for byte in held.bytes {
+                self.unlock(&held.file, byte).await;
+            }
+        }
+    }
+
+    async fn unlock(&self, file: &Arc<OpenFile>, byte: u64) -> bool {
+        let call = HostCall::Unlock(Arc::clone(file), byte);
+        let unlocked = self.context.host(call).await;
+        if let Err(error) = &unlocked {
+            let path = file.path().display();
+            tracing::warn!(%path, %error, "cannot give up a lock of an image");
+        }
+        unlocked.is_ok()
     }
 }
 

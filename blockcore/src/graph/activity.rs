@@ -1,0 +1,172 @@
+//! Handing images to another process and taking them back: active and inactive nodes, as a migration's
+//! hand-over needs them; and changing a node's length.
+//!
+//! An inactive node is not written to, and what it knows of its image may be out of date. Going inactive,
+//! parents write back before their children; coming back, children are read before their parents.
+
+use std::collections::BTreeSet;
+
+use super::permission::Permissions;
+use super::{Change, Control, NodeId, Operation, RootSpec};
+use crate::drain::Scope;
+use crate::driver::{Preallocation, TruncateFlags};
+use crate::io::{RequestKind, Root};
+use crate::{Error, ErrorKind, IoError};
+
+impl Control {
+    /// Hands the images of a node and of all below it to another process, or takes them back.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::PermissionDenied`] if somebody here needs to write to one that is to be inactive;
+    /// [`ErrorKind::Busy`] if another process still has one that is to be active; else what could not be
+    /// written back or read. Everything is as it was.
+    pub async fn set_active(&self, node: &str, active: bool) -> Result<(), Error> {
+        let mut change = self.begin().await;
+        let id = change.find(node)?;
+        let changed = match active {
+            true => change.activate(id).await,
+            false => change.inactivate(id).await,
+        };
+        if let Err(error) = changed {
+            change.abort().await;
+            return Err(error);
+        }
+        change.prepare().await?.commit().finish().await
+    }
+
+    /// Makes a node `bytes` long. What is added reads as zeroes. Requests are held back meanwhile; users
+    /// of the node are told.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NotFound`]; [`ErrorKind::Busy`] if somebody needs the length to stay, naming who;
+    /// [`ErrorKind::PermissionDenied`] for a read-only node; [`ErrorKind::Unsupported`] if the driver
+    /// cannot; [`ErrorKind::NoSpace`].
+    pub async fn resize(
+        &self,
+        node: &str,
+        bytes: u64,
+        preallocation: Preallocation,
+    ) -> Result<(), Error> {
+        self.read(|graph| {
+            let id = graph.node(node)?.id();
+            graph.check_operation(id, Operation::Resize)
+        })?;
+        let claim = self
+            .add_root(
+                node,
+                RootSpec {
+                    needs: Permissions::RESIZE,
+                    shares: Permissions::all(),
+                    ..RootSpec::reader("a resize").in_units_of(1 << 30)
+                },
+            )
+            .await?;
+        let resized = self.resize_claimed(node, bytes, preallocation).await;
+        let released = self.remove_root(claim).await;
+        resized.and(released)
+    }
+
+    async fn resize_claimed(
+        &self,
+        node: &str,
+        bytes: u64,
+        preallocation: Preallocation,
+    ) -> Result<(), Error> {
+        let id = self.read(|graph| graph.node(node).map(super::Node::id))?;
+        let _drained = self.drain(Scope::Nodes(BTreeSet::from([id]))).await;
+        // The claim's own root is drained, too.
+        let plan = self.read(|graph| {
+            let view = graph.view();
+            view.plan(id, Permissions::all(), &view.tracked())
+        });
+        let root = Root::new(Default::default(), self.context().clone(), plan, false);
+        let request = root.enter(RequestKind::Truncate, bytes, 0).await;
+        let flags = TruncateFlags::ZERO;
+        let truncated = request.truncate(bytes, true, preallocation, flags).await;
+        truncated.map_err(|error| {
+            let kind = match error {
+                IoError::Unsupported => ErrorKind::Unsupported,
+                IoError::NoSpace => ErrorKind::NoSpace,
+                IoError::ReadOnly => ErrorKind::PermissionDenied,
+                IoError::OutOfRange => ErrorKind::Invalid,
+                _ => ErrorKind::Io,
+            };
+            Error::new(
+                kind,
+                format!("cannot make node '{node}' {bytes} bytes long: {error}"),
+            )
+        })
+    }
+}
+
+impl Change {
+    /// As [`Control::set_active`] with `false`, as a part of this change. The nodes stay drained until it
+    /// is over.
+    ///
+    /// # Errors
+    ///
+    /// As there. The change is to be given up then, which takes back what was handed over.
+    pub async fn inactivate(&mut self, node: NodeId) -> Result<(), Error> {
+        let nodes = self.in_order(node);
+        self.drain(Scope::Subtrees(BTreeSet::from([node]))).await;
+        for id in nodes {
+            let modes = self.state().shape.vertex(id).modes;
+            if modes.inactive {
+                continue;
+            }
+            let root = self.temporary_root(id, Permissions::all());
+            if !modes.read_only {
+                let name = self.state().shape.vertex(id).name.clone();
+                let request = root.enter(RequestKind::Flush, 0, 0).await;
+                request.flush().await.map_err(|error| {
+                    Error::new(
+                        ErrorKind::Io,
+                        format!("cannot flush node '{name}' before it is inactive: {error}"),
+                    )
+                })?;
+            }
+            let driver = self.driver_of(id);
+            driver.take().inactivate(root).await?;
+            let state = self.state_mut();
+            state.inactivated.push(id);
+            state.shape.vertex_mut(id).modes.inactive = true;
+        }
+        Ok(())
+    }
+
+    /// As [`Control::set_active`] with `true`, as a part of this change.
+    ///
+    /// # Errors
+    ///
+    /// As there. The change is to be given up then.
+    pub async fn activate(&mut self, node: NodeId) -> Result<(), Error> {
+        let nodes = self.in_order(node);
+        self.drain(Scope::Subtrees(BTreeSet::from([node]))).await;
+        for id in nodes.into_iter().rev() {
+            if !self.state().shape.vertex(id).modes.inactive {
+                continue;
+            }
+            self.state_mut().shape.vertex_mut(id).modes.inactive = false;
+            // Others are kept out before the driver looks at what they have left.
+            self.prepare_permissions().await?;
+            let root = self.temporary_root(id, Permissions::all());
+            let driver = self.driver_of(id);
+            let io = driver.take().activate(root).await?;
+            if let Some(io) = io {
+                self.state_mut().replaced.insert(id, io);
+            }
+        }
+        Ok(())
+    }
+
+    /// A node and those below it, parents before children.
+    fn in_order(&self, node: NodeId) -> Vec<NodeId> {
+        let shape = &self.state().shape;
+        let below = shape.below([node]);
+        let mut order = shape.from_the_top();
+        order.retain(|id| below.contains(id));
+        order
+    }
+}

@@ -1,0 +1,7 @@
+//! Filters, and the test driver below some of them, on the simulated engine.
+//!
+//! Random tests take their seed from `STONEWORK_SEED` and print it when they fail.
+
+mod overlay;
+mod setup;
+mod throttle;
