@@ -1,13 +1,15 @@
 //! Images that are not what they should be, and a host that is full.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use harness::daemon::{Daemon, Place, run, serve, stonework, stonework_path};
-use harness::frontend::Frontend;
 use harness::frontend::blk::{self, Request};
+use harness::frontend::{Frontend, LIMIT};
 
 use crate::{MIB, SECTOR, is_root, says, serves, text, without_rights};
 
@@ -229,42 +231,49 @@ impl Cramped {
 }
 
 #[test]
-fn a_full_disk_fails_writes_and_loses_nothing() {
+fn a_full_disk_makes_writes_wait_and_loses_nothing() {
     let mut cramped = Cramped::new();
     let mut frontend = Frontend::connect(&cramped.socket);
     let mut ring = frontend.start_queue(0, 64);
+    let mut other = frontend.start_queue(1, 64);
     let block = |number: u64| vec![number as u8 + 1; 256 * SECTOR];
     let write = |number: u64| Request::write(256 * number, &block(number));
     let mut written = 0;
-    let status = loop {
-        let status = frontend.status(&mut ring, &write(written));
-        if status != blk::OK {
-            break status;
-        }
+    let first = loop {
+        let pending = frontend.submit(&mut ring, &write(written));
+        // The host answers much sooner.
+        let Some(used) = ring.wait(Duration::from_secs(1)) else {
+            break pending;
+        };
+        assert_eq!(frontend.outcome(&pending, used).status, blk::OK);
         written += 1;
         assert!(written < 512, "the disk does not get full");
     };
-    assert_eq!(status, blk::IOERR);
     assert!(written >= 32, "only {written} blocks fit");
-    // The next ones fail, too, and what was completed is there.
-    for number in written + 1..written + 5 {
-        assert_eq!(frontend.status(&mut ring, &write(number)), blk::IOERR);
+    // The next ones wait, too, and what was completed is there.
+    let mut waiting: BTreeMap<_, _> = [(u32::from(first.head), first)].into();
+    for number in written + 1..written + 4 {
+        let pending = frontend.submit(&mut ring, &write(number));
+        waiting.insert(u32::from(pending.head), pending);
     }
+    assert_eq!(ring.wait(Duration::from_millis(200)), None);
     for number in 0..written {
-        assert!(frontend.read(&mut ring, 256 * number, 256 * SECTOR) == block(number));
+        assert!(frontend.read(&mut other, 256 * number, 256 * SECTOR) == block(number));
     }
-    frontend.succeed(&mut ring, &Request::flush());
-    // Room again, and it goes on.
+    // Room again, and it goes on by itself; a flush waits for all of it.
     let room = blk::segment(0, 256 * 8, 0);
-    frontend.succeed(&mut ring, &Request::discard(&[room]));
-    for number in 0..4 {
-        assert_eq!(
-            frontend.status(&mut ring, &write(written + number)),
-            blk::OK
-        );
+    let discard = frontend.submit(&mut ring, &Request::discard(&[room]));
+    waiting.insert(u32::from(discard.head), discard);
+    let flush = frontend.submit(&mut ring, &Request::flush());
+    while !waiting.is_empty() {
+        let used = ring.wait(LIMIT).expect("there is room for what waited");
+        let pending = waiting.remove(&used.head).expect("the flush comes last");
+        assert_eq!(frontend.outcome(&pending, used).status, blk::OK);
     }
+    let used = ring.wait(LIMIT).expect("the flush has nothing to wait for");
+    assert_eq!(frontend.outcome(&flush, used).status, blk::OK);
     for number in 8..written + 4 {
-        assert!(frontend.read(&mut ring, 256 * number, 256 * SECTOR) == block(number));
+        assert!(frontend.read(&mut other, 256 * number, 256 * SECTOR) == block(number));
     }
     drop(frontend);
     cramped.daemon.assert_running();

@@ -558,6 +558,34 @@ mod tests {
     }
 
     #[test]
+    fn a_ring_made_anew_goes_on_with_the_heads_that_it_takes_along() {
+        let mut guest = guest();
+        for head in [3, 5] {
+            guest.describe(0x1000, u64::from(head), (0x6000, 513, WRITE, 0));
+            guest.offer(head).unwrap().unwrap();
+        }
+        guest.ring.push(3, 1);
+        guest.ring.publish();
+        let view = GuestView::new(Arc::clone(&guest.map));
+        guest.ring = Ring::new(guest.ring.state(), view, 6).unwrap();
+        guest.ring.take_along([5]);
+        assert_eq!(guest.offer(5).unwrap_err(), RingError::HeadInFlight(5));
+        let mut chain = Chain::default();
+        guest.ring.take_again(5, &mut chain).unwrap();
+        assert_eq!((chain.head, chain.writable.bytes()), (5, 513));
+        guest.ring.push(5, 513);
+        guest.ring.publish();
+        // The second entry of the used ring, and an index of two.
+        let used: [u32; 2] = guest
+            .map
+            .memory()
+            .read_obj(GuestAddress(0x3000 + 4 + 8))
+            .unwrap();
+        let index: u16 = guest.map.memory().read_obj(GuestAddress(0x3002)).unwrap();
+        assert_eq!((used, index), ([5, 513], 2));
+    }
+
+    #[test]
     fn an_indirect_table_ends_a_chain() {
         let mut guest = guest();
         guest.describe(0x1000, 0, (0x8000, 32, INDIRECT, 0));
