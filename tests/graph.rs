@@ -4,14 +4,13 @@
 //! wrong, how many workers there are and what they ask. A disk lives several lives: each ends in order,
 //! by a kill or by a power cut, and the next begins with what is left.
 //!
-//! `STONEWORK_SEED=n` replays one seed and says what it was. `STONEWORK_SEEDS=n` tries so many,
-//! `STONEWORK_SECONDS=n` as many as fit in that time; both begin at `STONEWORK_SEED` if it is given.
+//! The environment chooses the seeds: see [`harness::seeds`].
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use blockcore::driver::{WriteFlags, ZeroFlags};
 use blockcore::engine::sim::{Faults, FileProperties, Random, Simulation, Worker};
@@ -23,11 +22,10 @@ use blockcore::options::Options;
 use blockcore::{Error, ErrorKind, IoError};
 use futures_channel::oneshot;
 use harness::history::{self, Flushed, History, Outcome};
+use harness::seeds;
 
 /// Seeds tried when nothing is said: about twenty seconds.
 const DEFAULT_SEEDS: u64 = 250;
-/// Every so many seeds one is run twice, and both must give the same hash.
-const REPEAT_EVERY: u64 = 10;
 /// Simulated time after which a life that has not ended is stuck.
 const LIMIT: Duration = Duration::from_secs(3600);
 /// The simulated image.
@@ -35,37 +33,7 @@ const PATH: &str = "/simulated/disk";
 
 #[test]
 fn random_requests_with_faults_kills_and_power_cuts_leave_only_what_the_history_allows() {
-    let number = |name: &str| {
-        let text = std::env::var(name).ok()?;
-        let parsed = match text.strip_prefix("0x") {
-            Some(digits) => u64::from_str_radix(digits, 16),
-            None => text.parse(),
-        };
-        Some(parsed.unwrap_or_else(|_| panic!("{name} is not a number: '{text}'")))
-    };
-    let first = number("STONEWORK_SEED");
-    let budget = number("STONEWORK_SECONDS").map(Duration::from_secs);
-    let seeds = match (number("STONEWORK_SEEDS"), budget, first) {
-        (Some(seeds), _, _) => seeds,
-        (None, Some(_), _) => u64::MAX,
-        (None, None, Some(_)) => 1,
-        (None, None, None) => DEFAULT_SEEDS,
-    };
-    let begin = Instant::now();
-    let mut totals = Totals::default();
-    for index in 0..seeds {
-        if budget.is_some_and(|budget| begin.elapsed() > budget) {
-            break;
-        }
-        let seed = first.unwrap_or(1).wrapping_add(index);
-        let hash = try_seed(seed, &mut totals);
-        if seed.is_multiple_of(REPEAT_EVERY) || seeds == 1 {
-            let again = try_seed(seed, &mut Totals::default());
-            assert_eq!(hash, again, "seed {seed} does not replay");
-        }
-    }
-    eprintln!("{totals:?} in {:?}", begin.elapsed());
-    if seeds >= DEFAULT_SEEDS && budget.is_none() {
+    if let Some(totals) = seeds::try_all(DEFAULT_SEEDS, try_seed) {
         totals.check();
     }
 }
@@ -135,15 +103,7 @@ fn of_two_flushes_at_once_neither_succeeds_unless_the_data_is_durable() {
 /// Runs a seed; a failure says how to have it again.
 fn try_seed(seed: u64, totals: &mut Totals) -> u64 {
     let case = Case::new(seed);
-    let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| case.run(totals)));
-    match outcome {
-        Ok(Ok(hash)) => hash,
-        Ok(Err(failure)) => panic!("{failure}\n{case:#?}\nreplay: STONEWORK_SEED={seed}"),
-        Err(panic) => {
-            eprintln!("{case:#?}\nreplay: STONEWORK_SEED={seed}");
-            std::panic::resume_unwind(panic)
-        }
-    }
+    seeds::replayable(seed, &case, |case| case.run(totals))
 }
 
 /// What the seeds reached together, so that a test that tests nothing is seen.

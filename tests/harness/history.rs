@@ -52,6 +52,13 @@ pub struct Write {
     begun: u32,
 }
 
+impl Write {
+    /// When it began.
+    pub fn begun(&self) -> u32 {
+        self.begun
+    }
+}
+
 /// How a write ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
@@ -158,6 +165,11 @@ impl History {
         }
     }
 
+    /// When the latest event was.
+    pub fn now(&self) -> u32 {
+        self.time
+    }
+
     /// A write has ended.
     pub fn end_write(&mut self, write: Write, outcome: Outcome) {
         let now = self.tick();
@@ -200,13 +212,23 @@ impl History {
         }
     }
 
-    /// A read has ended: well, with what it read, or with nothing to look at.
+    /// A read has ended: well, with what it read (all or the beginning), or with nothing to look at.
     pub fn end_read(&mut self, read: Read, data: Option<&[u8]>) -> Result<(), Mismatch> {
         self.reads.retain(|begun| *begun != read.begun);
         let Some(data) = data else { return Ok(()) };
-        assert_eq!(data.len() as u64, read.bytes);
+        assert!(data.len() as u64 <= read.bytes);
         self.check(read.offset, data, "read", |version| {
             version.replaced >= read.begun
+        })
+    }
+
+    /// Whether no write to a range was under way at any time since `begun`, but the one that ended at
+    /// `ended`.
+    pub fn is_untouched(&self, offset: u64, bytes: u64, begun: u32, ended: u32) -> bool {
+        let mut cells = self.range(offset, bytes);
+        cells.all(|cell| {
+            let mut versions = self.cells[cell].iter();
+            versions.all(|version| version.ended < begun || version.ended == ended)
         })
     }
 

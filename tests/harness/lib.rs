@@ -10,5 +10,7 @@ pub mod libblkio;
 pub mod load;
 pub mod model;
 pub mod overlay;
+pub mod pass;
 pub mod peer;
 pub mod random;
+pub mod seeds;

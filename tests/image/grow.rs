@@ -4,11 +4,19 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use blockcore::IoError;
-use blockcore::driver::{Preallocation, TruncateFlags};
+use std::rc::Rc;
+use std::sync::Arc;
+
+use blockcore::driver::{
+    Driver, DriverIo, DriverType, Opened, Preallocation, TruncateFlags, WriteFlags, ZeroFlags,
+};
 use blockcore::engine::EngineChoice;
 use blockcore::graph::RootSpec;
 use blockcore::graph::permission::Permissions;
+use blockcore::io::buffer::Segments;
+use blockcore::io::{Io, IoFuture};
+use blockcore::options::Options;
+use blockcore::{Error, IoError};
 use harness::host::{LoopDevice, Mount, skip};
 
 use crate::{Disk, MIB, engines, file_options, places};
@@ -173,5 +181,114 @@ fn who_may_not_change_the_length_does_not() {
         let refused = disk.truncate(2 * MIB, true, Preallocation::Off, NONE);
         assert_eq!((refused, length(&path)), (Err(IoError::ReadOnly), MIB));
         disk.close();
+    }
+}
+
+/// A format as far as it makes its file longer by what it writes: a disk of a fixed length, of which the
+/// file has the beginning.
+pub(crate) static WINDOW: DriverType = DriverType {
+    name: "window",
+    about: "a test",
+    open: |_| {
+        let opened = Opened {
+            driver: Box::new(WindowDriver),
+            io: Arc::new(Window),
+        };
+        Box::pin(async move { Ok(opened) })
+    },
+    ..DriverType::FORMAT
+};
+
+struct WindowDriver;
+
+impl Driver for WindowDriver {}
+
+struct Window;
+
+impl DriverIo for Window {
+    fn bytes(&self, _children: &[u64]) -> u64 {
+        64 * MIB
+    }
+
+    fn read<'a>(&'a self, io: Io<'a>, offset: u64, into: Segments) -> IoFuture<'a> {
+        Box::pin(io.child(0).read(offset, into))
+    }
+
+    fn write<'a>(
+        &'a self,
+        io: Io<'a>,
+        offset: u64,
+        from: Segments,
+        flags: WriteFlags,
+    ) -> IoFuture<'a> {
+        Box::pin(io.child(0).write(offset, from, flags))
+    }
+
+    fn write_zeroes<'a>(
+        &'a self,
+        io: Io<'a>,
+        offset: u64,
+        bytes: u64,
+        flags: ZeroFlags,
+    ) -> IoFuture<'a> {
+        Box::pin(io.child(0).write_zeroes(offset, bytes, flags))
+    }
+}
+
+/// What the guest would have seen: after any change of the graph, zeroes where it had written beyond
+/// what had been the end of the file.
+#[test]
+fn a_file_that_a_format_makes_longer_stays_so_whatever_happens_to_the_graph() {
+    for engine in engines() {
+        let (places, memory) = (places(), Mount::ramfs());
+        let mut all: Vec<_> = places.iter().map(|place| place.join("disk.raw")).collect();
+        all.extend(memory.iter().map(|mount| mount.join("disk.raw")));
+        for path in all {
+            fs::write(&path, []).expect("it is ours");
+            let disk = Disk::open(
+                engine,
+                &format!(
+                    "window,discard=unmap,file.driver=file,file.node-name=leaf,file.filename={}",
+                    path.display()
+                ),
+            )
+            .expect("it opens");
+            let is_long = |bytes: u64| {
+                // Any change works lengths out anew.
+                let control = disk.control.clone();
+                let context = Rc::clone(control.context());
+                let changed = context.block_on(async move {
+                    let options = Options::parse("null-co,node-name=other", Some("driver"))?;
+                    control.add(options).await?;
+                    control.remove("other").await
+                });
+                changed.expect("it is added and taken out");
+                let leaf = disk.control.read(|graph| {
+                    let leaf = graph.node("leaf")?;
+                    Ok::<_, Error>(leaf.bytes())
+                });
+                assert_eq!(leaf.expect("it is there"), bytes, "{}", path.display());
+                assert_eq!(length(&path), bytes, "{}", path.display());
+            };
+            disk.write(MIB, &[1; 4096]).expect("a write");
+            is_long(MIB + 4096);
+            disk.zero(2 * MIB, 8192, ZeroFlags::empty())
+                .expect("zeroes");
+            is_long(2 * MIB + 8192);
+            disk.zero(3 * MIB, 8192, ZeroFlags::MAY_UNMAP)
+                .expect("zeroes");
+            is_long(3 * MIB + 8192);
+            // Partly behind the end.
+            disk.write(3 * MIB + 4096, &[2; 8192]).expect("a write");
+            disk.zero(3 * MIB + 8192, 16384, ZeroFlags::MAY_UNMAP)
+                .expect("zeroes");
+            is_long(3 * MIB + 24576);
+            let data = disk.read(0, 4 * MIB as usize).expect("a read");
+            let mut expected = vec![0; 4 * MIB as usize];
+            expected[MIB as usize..][..4096].fill(1);
+            expected[3 * MIB as usize + 4096..][..4096].fill(2);
+            assert!(data == expected, "{}", path.display());
+            disk.close();
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! Drivers `file`, `host_device`, `raw` and `null-co` against the real host, on both real engines.
 //!
-//! Most tests open nodes in this process, as the daemon does. Simulated hosts, which fail on cue, are in
-//! `graph.rs`; what an operator sees of a refusal is in `serve`.
+//! Most tests open nodes in this process, as the daemon does. Random requests on simulated hosts, which
+//! fail on cue, are in `graph.rs`, reopening and copying there in `simulated`; what an operator sees of a refusal is in `serve`.
 
 mod copy;
 mod create;
@@ -12,6 +12,7 @@ mod length;
 mod lock;
 mod raw;
 mod reopen;
+mod simulated;
 mod space;
 mod sparse;
 mod status;
@@ -72,7 +73,9 @@ impl Disk {
             rest[..end].into()
         });
         let context = IoContext::new(make(engine)?);
-        let control = Control::new(Graph::new(formats::drivers()), Rc::clone(&context));
+        let mut drivers = formats::drivers();
+        drivers.push(&grow::WINDOW);
+        let control = Control::new(Graph::new(drivers), Rc::clone(&context));
         let options = Options::parse(&format!("{options},node-name=disk"), Some("driver"))?;
         let inner = control.clone();
         let id = context.block_on(async move {

@@ -229,6 +229,35 @@ pub trait DriverIo: Send + Sync {
     fn is_busy(&self) -> bool {
         false
     }
+
+    /// What the node was when it was put in place, for a driver that keeps it.
+    fn snapshot(&self) -> Option<&dyn SnapshotIo> {
+        None
+    }
+}
+
+/// A node as it was at one moment, kept by a filter above it while requests go on changing it. The `io`
+/// of each call is that filter's node.
+pub trait SnapshotIo: Send + Sync {
+    /// How long the node was, in bytes.
+    fn bytes(&self) -> u64;
+
+    /// Reads what was there. Fails with [`crate::IoError::Failed`] where it is not kept, or not any more.
+    fn read<'a>(&'a self, io: Io<'a>, offset: u64, into: Segments) -> IoFuture<'a>;
+
+    /// Nobody reads the range any more: it need not be kept. What is kept in larger units stays where a
+    /// unit is covered only partly.
+    fn discard<'a>(&'a self, io: Io<'a>, offset: u64, bytes: u64) -> IoFuture<'a>;
+
+    /// Data or zeroes, from `offset` on; fails as reading does. `exact` as for
+    /// [`DriverIo::block_status`].
+    fn block_status<'a>(
+        &'a self,
+        io: Io<'a>,
+        exact: bool,
+        offset: u64,
+        bytes: u64,
+    ) -> IoFuture<'a, Status>;
 }
 
 bitflags! {

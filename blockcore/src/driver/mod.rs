@@ -189,11 +189,12 @@ pub use self::control::{
     Activation, BackingName, ChildPermissions, ChildQuery, Driver, ReopenRequest, Reopened,
 };
 pub use self::io::{
-    CopyFlags, DriverInfo, DriverIo, Mapping, Place, Preallocation, Status, StatusFlags,
-    TruncateFlags, WriteFlags, ZeroFlags,
+    CopyFlags, DriverInfo, DriverIo, Mapping, Place, Preallocation, SnapshotIo, Status,
+    StatusFlags, TruncateFlags, WriteFlags, ZeroFlags,
 };
 pub use self::limits::Limits;
 use crate::Error;
+use crate::dirty_bitmap::Bits;
 use crate::engine::OpenFile;
 use crate::io::{IoContext, Modes, Root};
 use crate::options::{OptionSpec, Options};
@@ -344,9 +345,16 @@ pub struct OpenRequest {
     pub children: Vec<Option<OpenChild>>,
     /// An open file to use instead of opening one by name.
     pub file: Option<Arc<OpenFile>>,
+    /// Finds a dirty bitmap by the names of its node and its own.
+    pub find_bitmap: FindBitmap,
     /// Where throttle groups are found.
     pub throttle_groups: Groups,
 }
+
+/// Finds what a dirty bitmap has marked, by the names of its node and its own. Fails with
+/// [`ErrorKind::NotFound`](crate::ErrorKind::NotFound), or
+/// [`ErrorKind::Corrupt`](crate::ErrorKind::Corrupt) if it means nothing.
+pub type FindBitmap = Rc<dyn Fn(&str, &str) -> Result<Arc<Bits>, Error>>;
 
 /// Common options that decide how a driver opens.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -2,11 +2,16 @@
 //!
 //! Each module is a driver; [`drivers`] lists them for whoever builds a graph.
 
+pub mod copy_before_write;
 pub mod throttle;
 
 use crate::driver::DriverType;
 
 /// Every filter, for registration.
 pub fn drivers() -> Vec<&'static DriverType> {
-    vec![&throttle::THROTTLE]
+    vec![
+        &copy_before_write::COPY_BEFORE_WRITE,
+        &copy_before_write::SNAPSHOT_ACCESS,
+        &throttle::THROTTLE,
+    ]
 }

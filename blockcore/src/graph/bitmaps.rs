@@ -1,13 +1,36 @@
 //! Dirty bitmaps of the graph's nodes: which there are, and which record.
 
 use std::collections::BTreeSet;
+use std::rc::Rc;
+use std::sync::Arc;
 
 use super::{Control, Graph, NodeId};
-use crate::Error;
 use crate::dirty_bitmap::BitmapSet;
 use crate::drain::Scope;
+use crate::driver::FindBitmap;
+use crate::{Error, ErrorKind};
 
 impl Control {
+    /// A way to find bitmaps that needs no hold on the graph.
+    pub(super) fn find_bitmap(&self) -> FindBitmap {
+        let control = self.clone();
+        Rc::new(move |node, name| {
+            control.read(|graph| {
+                let bitmap = graph.node(node)?.bitmaps().get(name)?;
+                match bitmap.is_inconsistent() {
+                    false => Ok(Arc::clone(bitmap.bits())),
+                    true => Err(Error::new(
+                        ErrorKind::Corrupt,
+                        format!(
+                            "bitmap '{name}' of node '{node}' was not stored when the node was last written \
+                             to: it means nothing"
+                        ),
+                    )),
+                }
+            })
+        })
+    }
+
     /// Changes which bitmaps a node has or which of them record, with requests to it held back; none is
     /// in flight that would mark the old ones and not the new.
     ///

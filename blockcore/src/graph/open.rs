@@ -451,6 +451,7 @@ impl Change {
             modes,
             children: self.open_children_of(id),
             file,
+            find_bitmap: self.control().find_bitmap(),
             throttle_groups: self.control().throttle_groups().clone(),
         })
         .await?;

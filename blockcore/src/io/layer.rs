@@ -18,7 +18,7 @@ use super::root::Request;
 use super::tracked::Tracked;
 use super::{BOUNCE_BYTES, IoContext, IoFuture, Modes, align};
 use crate::IoError;
-use crate::driver::{DetectZeroes, DriverKind, Limits, Role, WriteFlags, ZeroFlags};
+use crate::driver::{DetectZeroes, DriverKind, Limits, Role, SnapshotIo, WriteFlags, ZeroFlags};
 use crate::fault::{self, Fault};
 use crate::graph::permission::Permissions;
 use crate::node::NodeState;
@@ -28,6 +28,19 @@ use crate::node::NodeState;
 pub struct Io<'a> {
     request: &'a Request,
     index: usize,
+}
+
+/// See [`Io::fork`]. Drained sections wait for it.
+pub struct Fork {
+    request: Request,
+    index: usize,
+}
+
+impl Fork {
+    /// The node with the pipeline around it.
+    pub fn io(&self) -> Io<'_> {
+        Io::root(&self.request).at(self.index)
+    }
 }
 
 impl<'a> Io<'a> {
@@ -56,6 +69,19 @@ impl<'a> Io<'a> {
     /// How this node was opened.
     pub fn modes(self) -> Modes {
         self.node().modes
+    }
+
+    /// What this node keeps of a moment, if its driver does that.
+    pub fn snapshot(self) -> Option<&'a dyn SnapshotIo> {
+        self.node().io.snapshot()
+    }
+
+    /// A request of its own at this node, for work that this one stops waiting for.
+    pub fn fork(self) -> Fork {
+        Fork {
+            request: self.request.fork(),
+            index: self.index,
+        }
     }
 
     /// This node's limits.
@@ -135,7 +161,14 @@ impl<'a> Io<'a> {
     /// A parent that holds data in this node may read past its end and, with the right to resize, write
     /// there.
     fn is_growable(self) -> bool {
-        self.node().kind == DriverKind::Protocol && self.index != 0
+        if self.index == 0 {
+            return false;
+        }
+        match self.filtered() {
+            // A filter grows with what it filters.
+            Some(child) => child.is_growable(),
+            None => self.node().kind == DriverKind::Protocol,
+        }
     }
 
     pub(super) fn check(self, offset: u64, bytes: u64) -> Result<(), IoError> {

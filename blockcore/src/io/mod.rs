@@ -43,7 +43,7 @@ use futures_util::future::LocalBoxFuture;
 
 pub use self::context::{ContextHandle, IoContext};
 pub(crate) use self::guard::HeaderGuard;
-pub use self::layer::Io;
+pub use self::layer::{Fork, Io};
 pub use self::plan::{Modes, Plan};
 pub(crate) use self::plan::{PlanChild, PlanNode};
 pub use self::root::{InFlight, Request, RequestKind, Root};

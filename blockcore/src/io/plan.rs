@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::align;
 use super::{HeaderGuard, IoContext};
 use crate::dirty_bitmap::Bits;
-use crate::driver::{DetectZeroes, DriverIo, DriverKind, Limits, Mapping, Role};
+use crate::driver::{DetectZeroes, DriverIo, DriverKind, Limits, Mapping, Role, SnapshotIo};
 use crate::engine::FileId;
 use crate::graph::permission::Permissions;
 use crate::io::buffer::Segments;
@@ -149,6 +149,11 @@ impl Plan {
     /// How the root was opened.
     pub fn modes(&self) -> Modes {
         self.nodes[0].modes
+    }
+
+    /// What the root's node keeps of a moment.
+    pub(crate) fn snapshot(&self) -> Option<&dyn SnapshotIo> {
+        self.nodes[0].io.snapshot()
     }
 
     /// Whether requests go past the host's page cache, so that the disk works beside the worker.

@@ -373,6 +373,18 @@ impl Request {
         Io::root(self)
     }
 
+    /// Another request that goes the same way and has entered as this one has, whatever holds the root by
+    /// now: who waits for this one waits for that, too.
+    pub(super) fn fork(&self) -> Self {
+        let mut requests = self.root.requests.borrow_mut();
+        let this = requests.slots[self.slot as usize].expect("until dropped");
+        Self {
+            slot: requests.add(this),
+            root: Rc::clone(&self.root),
+            plan: Rc::clone(&self.plan),
+        }
+    }
+
     /// Something has been changed, well or not: a flush that begins later must cover it.
     pub(crate) fn changed(&self) {
         self.plan.changed();

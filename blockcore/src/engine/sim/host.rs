@@ -144,6 +144,25 @@ impl Host {
         Some(bytes)
     }
 
+    /// Byte and kind of every lock on a file.
+    pub(super) fn locks(&mut self, path: &Path) -> Vec<(u64, bool)> {
+        self.close_unused();
+        let Some(inode) = self.names.get(path) else {
+            return Vec::new();
+        };
+        let all = (*inode, 0, 0)..=(*inode, u64::MAX, u64::MAX);
+        let locks = self.locks.range(all);
+        locks
+            .map(|((_, byte, _), exclusive)| (*byte, *exclusive))
+            .collect()
+    }
+
+    /// How many syncs of a file have failed.
+    pub(super) fn lost_syncs(&self, path: &Path) -> u64 {
+        let inode = self.names.get(path);
+        inode.map_or(0, |inode| self.files[inode].lost_syncs)
+    }
+
     /// The description behind an open file of this simulation.
     pub(super) fn description(&self, file: &OpenFile) -> Result<u64, Errno> {
         match &file.kind {

@@ -167,6 +167,16 @@ impl Simulation {
         self.state.borrow().host.contents(path.as_ref())
     }
 
+    /// The locks that anybody holds on a file: byte, and whether it excludes others; in order.
+    pub fn locks(&self, path: impl AsRef<Path>) -> Vec<(u64, bool)> {
+        self.state.borrow_mut().host.locks(path.as_ref())
+    }
+
+    /// How many syncs of a file have failed and left pages marked clean that never reached the disk.
+    pub fn lost_syncs(&self, path: impl AsRef<Path>) -> u64 {
+        self.state.borrow().host.lost_syncs(path.as_ref())
+    }
+
     /// A new engine, for a worker that the caller runs or [registers](Self::add).
     pub fn engine(&self) -> Rc<SimEngine> {
         let woken = Arc::new(AtomicBool::new(false));

@@ -1,0 +1,466 @@
+//! [`Life`]: one process: a graph, its roots and workers, from its beginning to the end that the seed
+//! chooses.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use blockcore::engine::sim::Worker;
+use blockcore::engine::{Event, OpResult};
+use blockcore::graph::permission::Permissions;
+use blockcore::graph::{Control, Graph, RootId, RootSpec};
+use blockcore::io::buffer::Segments;
+use blockcore::options::Options;
+use blockcore::{Error, ErrorKind};
+use futures_channel::oneshot;
+use harness::overlay;
+use harness::pass::PASS_THROUGH;
+
+use crate::case::Case;
+use crate::marks::{Marks, Mirror};
+use crate::view::View;
+use crate::{LIMIT, Test};
+
+/// Operations started without a task, by token.
+type FastPath = Rc<RefCell<BTreeMap<u64, oneshot::Sender<(OpResult, Segments)>>>>;
+
+/// See the module's header.
+pub(crate) struct Life {
+    pub(crate) test: Rc<Test>,
+    /// Changes the graph, and serves nobody.
+    pub(crate) office: Rc<Worker>,
+    pub(crate) control: Control,
+    pub(crate) workers: Vec<(Rc<Worker>, FastPath)>,
+    pub(crate) roots: RefCell<Vec<Rc<User>>>,
+    pub(crate) outstanding: Cell<usize>,
+    /// The operator's tasks that have not ended.
+    pub(crate) tasks: Cell<usize>,
+    pub(crate) stopping: Cell<bool>,
+    pub(crate) marks: RefCell<Vec<Marks>>,
+    pub(crate) mirrors: Vec<Mirror>,
+    pub(crate) next_name: Cell<u32>,
+}
+
+/// Somebody who uses a node.
+pub(crate) struct User {
+    pub(crate) id: RootId,
+    pub(crate) unit: u64,
+    pub(crate) writes: bool,
+    pub(crate) view: RefCell<Rc<View>>,
+    /// By worker.
+    pub(crate) places: Vec<Cell<Place>>,
+    /// Requests that have entered and not ended.
+    pub(crate) in_flight: Cell<usize>,
+}
+
+/// A root on a worker.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Place {
+    pub(crate) attached: bool,
+    /// Requests that wait to enter.
+    pub(crate) entering: usize,
+}
+
+/// How a life ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    InOrder,
+    Kill,
+    PowerCut,
+    KillThenPowerCut,
+}
+
+impl Life {
+    /// Opens what the seed likes on the disks as they are.
+    pub(crate) fn begin(test: &Rc<Test>) -> Result<Rc<Self>, String> {
+        let simulation = &test.simulation;
+        // What was in flight keeps its descriptions; new ones would not see its end.
+        let landed = simulation.run_until(LIMIT, || simulation.in_flight() == 0);
+        landed.map_err(|stuck| stuck.to_string())?;
+        for disk in 0..test.disks.len() {
+            test.history(disk).killed(false);
+        }
+        let office = simulation.worker();
+        let mut drivers = overlay::drivers();
+        drivers.push(&PASS_THROUGH);
+        let control = Control::new(Graph::new(drivers), Rc::clone(office.context()));
+        let workers = (0..test.case.workers).map(|_| {
+            let fast = FastPath::default();
+            let waiting = Rc::clone(&fast);
+            let worker = simulation.worker_with(move |event| match event {
+                Event::Done {
+                    token,
+                    result,
+                    segments,
+                } => {
+                    let waits = waiting.borrow_mut().remove(&token);
+                    let _ = waits.expect("one event each").send((result, segments));
+                }
+                Event::Ready(_) => unreachable!("nothing is watched"),
+            });
+            (worker, fast)
+        });
+        let mirrors = test.disks.iter().map(|_| Mirror::default());
+        let life = Rc::new(Self {
+            test: Rc::clone(test),
+            workers: workers.collect(),
+            office,
+            control,
+            roots: RefCell::default(),
+            outstanding: Cell::new(0),
+            tasks: Cell::new(0),
+            stopping: Cell::new(false),
+            marks: RefCell::default(),
+            mirrors: mirrors.collect(),
+            next_name: Cell::new(0),
+        });
+        let building = Rc::clone(&life);
+        let built = life.run(async move { building.build().await })?;
+        built.map(|()| life)
+    }
+
+    /// Runs something on the control thread.
+    fn run<T: 'static>(&self, task: impl Future<Output = T> + 'static) -> Result<T, String> {
+        let run = self.test.simulation.run(&self.office, LIMIT, task);
+        self.test.check()?;
+        run.map_err(|stuck| stuck.to_string())
+    }
+
+    /// A file or device for each disk, a part of it and some filters, and the roots.
+    async fn build(self: &Rc<Self>) -> Result<(), String> {
+        let test = &self.test;
+        for (number, disk) in test.case.disks.iter().enumerate() {
+            let direct = if disk.direct { "on" } else { "off" };
+            let driver = Case::driver(disk);
+            self.add(&format!(
+                "driver={driver},node-name=file{number},filename={},cache.direct={direct},discard=unmap",
+                disk.path
+            ))
+            .await?;
+            if disk.cluster.is_some() {
+                self.add(&format!(
+                    "driver=file,node-name=base{number},filename={},read-only=on",
+                    disk.base_path
+                ))
+                .await?;
+            }
+            let part = self.part_options(number);
+            self.add(&format!("{part},file=file{number}")).await?;
+            for _ in 0..test.below(3) {
+                let name = self.new_name();
+                let below = self.any_node(number, true);
+                self.add(&format!(
+                    "driver=pass-through,node-name={name},discard=unmap,ask={},file={below}",
+                    ["on", "off"][test.below(2) as usize]
+                ))
+                .await?;
+            }
+        }
+        for number in 0..test.case.roots {
+            let disk = test.below(test.disks.len() as u64) as usize;
+            let node = self.any_node(disk, false);
+            let writes = number == 0 || test.chance(800);
+            self.add_user(&node, writes).await?;
+        }
+        Ok(())
+    }
+
+    /// Adds a node, as often as it takes.
+    async fn add(&self, options: &str) -> Result<(), String> {
+        for _ in 0..10_000 {
+            let options = Options::parse(options, None).expect("well-formed");
+            match self.control.add(options).await {
+                Ok(_) => return Ok(()),
+                Err(error) => self.check_error("adding a node", &error)?,
+            }
+        }
+        Err("a node cannot be added".into())
+    }
+
+    /// Injected failures may make any change fail.
+    pub(crate) fn check_error(&self, what: &str, error: &Error) -> Result<(), String> {
+        let faults = &self.test.case.faults;
+        let calls = faults.call_error_permille > 0 || faults.sync_error_permille > 0;
+        if error.kind() == ErrorKind::Io && calls {
+            return Ok(());
+        }
+        Err(format!(
+            "{what} fails, which nothing explains: {}",
+            error.report()
+        ))
+    }
+
+    pub(crate) fn new_name(&self) -> String {
+        let number = self.next_name.replace(self.next_name.get() + 1);
+        format!("pass{number}")
+    }
+
+    /// Options for the part of a disk, or for all of an image.
+    pub(crate) fn part_options(&self, number: usize) -> String {
+        let test = &self.test;
+        let grain = test.case.grain;
+        let cells = test.case.disks[number].bytes / grain;
+        let offset = test.below(cells / 2) * [0, 1][test.below(2) as usize];
+        let bytes = 1 + test.below(cells - offset);
+        let unmap = test.chance(500);
+        let detect = match test.below(3) {
+            0 if unmap => "unmap",
+            1 => "on",
+            _ => "off",
+        };
+        let modes = format!(
+            "detect-zeroes={detect},discard={}",
+            if unmap { "unmap" } else { "ignore" }
+        );
+        let disk = &test.case.disks[number];
+        let Some(cluster) = disk.cluster else {
+            return format!(
+                "driver=raw,node-name=part{number},offset={},size={},{modes}",
+                offset * grain,
+                bytes.max(cells / 4).min(cells - offset) * grain,
+            );
+        };
+        // A backing node has to be named in each reopening.
+        let backing = self.control.read(|graph| {
+            let node = graph.node(&format!("part{number}")).ok()?;
+            let backing = graph.backing_of(node.id())?;
+            Some(graph.node_by_id(backing)?.name().to_owned())
+        });
+        let backing = backing.unwrap_or_else(|| format!("base{number}"));
+        format!(
+            "driver=overlay,node-name=part{number},cluster-size={cluster},size={},backing={backing},\
+             {modes}",
+            disk.bytes
+        )
+    }
+
+    /// Some node that shows a disk, or, with `images`, what an image of it is made of.
+    pub(crate) fn any_node(&self, disk: usize, images: bool) -> String {
+        let names: Vec<_> = self.control.read(|graph| {
+            let nodes = graph
+                .nodes()
+                .map(|node| (node.name().to_owned(), node.id()));
+            let mine = nodes.filter(|(_, id)| {
+                let view = View::of(graph, &self.test.case, *id);
+                view.disk == disk && (images || !view.image)
+            });
+            mine.map(|(name, _)| name).collect()
+        });
+        names[self.test.below(names.len() as u64) as usize].clone()
+    }
+
+    /// Uses a node, from some workers.
+    async fn add_user(self: &Rc<Self>, node: &str, writes: bool) -> Result<(), String> {
+        let test = &self.test;
+        let grain = test.case.grain;
+        let unit = [grain, grain, 512, 4096][test.below(4) as usize].max(grain);
+        let spec = RootSpec {
+            needs: match writes {
+                true => Permissions::CONSISTENT_READ | Permissions::WRITE,
+                false => Permissions::CONSISTENT_READ,
+            },
+            shares: Permissions::all(),
+            ..RootSpec::writer(format!("guest {}", self.roots.borrow().len()))
+        };
+        let spec = spec.in_units_of(unit as u32);
+        let id = loop {
+            match self.control.add_root(node, spec.clone()).await {
+                Ok(id) => break id,
+                // The part of a disk keeps its length for itself.
+                Err(error) => self.check_error("adding a root", &error)?,
+            }
+        };
+        let user = Rc::new(User {
+            id,
+            unit,
+            writes,
+            view: RefCell::default(),
+            places: (0..self.workers.len()).map(|_| Cell::default()).collect(),
+            in_flight: Cell::new(0),
+        });
+        self.roots.borrow_mut().push(Rc::clone(&user));
+        self.update_views();
+        let first = test.below(self.workers.len() as u64) as usize;
+        for worker in 0..self.workers.len() {
+            if worker == first || test.chance(500) {
+                self.attach(&user, worker).await?;
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) async fn attach(&self, user: &User, worker: usize) -> Result<(), String> {
+        let handle = self.workers[worker].0.context().handle();
+        let attached = self.control.attach(user.id, handle).await;
+        attached.map_err(|error| error.report())?;
+        let root = self.workers[worker].0.context().root(user.id);
+        if !self.test.case.fast_path {
+            root.expect("attached").disable_fast_path();
+        }
+        user.places[worker].set(Place {
+            attached: true,
+            entering: 0,
+        });
+        Ok(())
+    }
+
+    /// Works out what each root reaches, after a commit and before anybody else runs.
+    pub(crate) fn update_views(&self) {
+        self.control.read(|graph| {
+            for user in self.roots.borrow().iter() {
+                let Some(node) = self.control.node_of(user.id) else {
+                    continue;
+                };
+                user.view.replace(View::of(graph, &self.test.case, node));
+            }
+            if let Err(why) = crate::view::check_permissions(graph) {
+                self.test.fail(why);
+            }
+        });
+    }
+
+    /// From the first request to the end.
+    pub(crate) fn live(self: Rc<Self>) -> Result<(), String> {
+        let test = Rc::clone(&self.test);
+        let end = [
+            End::InOrder,
+            End::Kill,
+            End::PowerCut,
+            End::KillThenPowerCut,
+        ][test.below(4) as usize];
+        let requests = match end {
+            End::InOrder => test.case.requests,
+            _ => test.below(test.case.requests as u64 + 1) as usize,
+        };
+        if test.chance(300) {
+            // What the life before completed is not durable yet.
+            for user in self.roots.borrow().iter() {
+                self.issue_flush(user);
+            }
+            let idle = || self.outstanding.get() == 0 || test.has_failed();
+            self.until(idle)?;
+        }
+        self.operate();
+        self.serve(requests)?;
+        let simulation = &test.simulation;
+        match end {
+            End::InOrder => return self.close(),
+            End::Kill => {
+                test.count(|totals| &mut totals.kills);
+                simulation.kill();
+            }
+            End::PowerCut | End::KillThenPowerCut => {
+                test.count(|totals| &mut totals.power_cuts);
+                if end == End::KillThenPowerCut {
+                    simulation.kill();
+                    for _ in 0..test.below(10) {
+                        simulation.step();
+                    }
+                }
+                simulation.power_cut();
+                for disk in 0..test.disks.len() {
+                    let contents = test.contents(disk);
+                    let cut = test.history(disk).power_cut(&contents);
+                    cut.map_err(|wrong| format!("{}: {wrong}", test.disks[disk].path))?;
+                }
+            }
+        }
+        test.check()
+    }
+
+    fn until(&self, done: impl FnMut() -> bool) -> Result<(), String> {
+        let run = self.test.simulation.run_until(LIMIT, done);
+        self.test.check()?;
+        run.map_err(|stuck| format!("{stuck}\n{}", self.report()))
+    }
+
+    /// Who waits for what, when nothing goes on.
+    fn report(&self) -> String {
+        let mut lines = vec![format!(
+            "{} requests and {} of the operator's tasks have not ended",
+            self.outstanding.get(),
+            self.tasks.get()
+        )];
+        for user in self.roots.borrow().iter() {
+            for (worker, (on, _)) in self.workers.iter().enumerate() {
+                let Some(root) = on.context().root(user.id) else {
+                    continue;
+                };
+                lines.push(format!(
+                    "{:?} on worker {worker}: held {}, in flight {:?}",
+                    user.id,
+                    root.is_held(),
+                    root.requests()
+                ));
+            }
+        }
+        lines.join("\n  ")
+    }
+
+    /// Issues requests, never more than the depth at once, the simulation running in between.
+    fn serve(self: &Rc<Self>, requests: usize) -> Result<(), String> {
+        let test = &self.test;
+        for _ in 0..requests {
+            let free = || self.outstanding.get() < test.case.depth || test.has_failed();
+            self.until(free)?;
+            for _ in 0..test.below(10) {
+                test.simulation.step();
+            }
+            self.issue();
+        }
+        Ok(())
+    }
+
+    /// Waits for everybody, looks at the disks, and takes the graph apart.
+    fn close(self: &Rc<Self>) -> Result<(), String> {
+        let test = &self.test;
+        self.stopping.set(true);
+        self.until(|| {
+            let over = self.outstanding.get() == 0 && self.tasks.get() == 0;
+            over || test.has_failed()
+        })?;
+        for disk in 0..test.disks.len() {
+            let checked = test.history(disk).check_now(&test.contents(disk));
+            checked.map_err(|wrong| format!("{}: {wrong}", test.disks[disk].path))?;
+        }
+        let life = Rc::clone(self);
+        self.run(async move { life.take_apart().await })??;
+        self.until(|| test.simulation.in_flight() == 0)?;
+        for disk in &test.disks {
+            let locks = test.simulation.locks(&disk.path);
+            if !locks.is_empty() {
+                return Err(format!("{} is still locked: {locks:?}", disk.path));
+            }
+        }
+        Ok(())
+    }
+
+    async fn take_apart(&self) -> Result<(), String> {
+        let mut roots: Vec<_> = self.roots.borrow().iter().map(|user| user.id).collect();
+        roots.extend(self.mirrors.iter().filter_map(Mirror::root));
+        for root in roots {
+            // A change that fails before its commit can be made again.
+            while let Err(error) = self.control.remove_root(root).await {
+                self.check_error("ending a root", &error)?;
+                if self.control.node_of(root).is_none() {
+                    break;
+                }
+            }
+        }
+        loop {
+            let top = self.control.read(|graph| {
+                let mut nodes = graph.nodes();
+                let top = nodes.find(|node| graph.users(node.id()).is_empty())?;
+                Some(top.name().to_owned())
+            });
+            let Some(top) = top else { break };
+            if let Err(error) = self.control.remove(&top).await {
+                self.check_error("removing a node", &error)?;
+            }
+        }
+        match self.control.read(|graph| graph.nodes().count()) {
+            0 => Ok(()),
+            left => Err(format!("{left} nodes are left")),
+        }
+    }
+}
