@@ -214,7 +214,18 @@ impl Change {
         if entry.before.read_only || entry.before.inactive {
             return Ok(());
         }
-        let root = self.temporary_root(entry.node, super::permission::Permissions::all());
+        // Through the children that it has had until now.
+        let everything = super::permission::Permissions::all();
+        let plan = self.control().read(|graph| {
+            let view = graph.view();
+            let known = graph.node_by_id(entry.node).is_some();
+            known.then(|| view.plan(entry.node, everything, &view.tracked()))
+        });
+        let context = Rc::clone(self.control().context());
+        let root = match plan {
+            Some(plan) => crate::io::Root::new(Default::default(), context, plan, false),
+            None => self.temporary_root(entry.node, everything),
+        };
         let request = root.enter(RequestKind::Flush, 0, 0).await;
         let name = &self.state().shape.vertex(entry.node).name;
         let still_good = request.flush().await;

@@ -336,7 +336,7 @@ impl<'a> Io<'a> {
         let serialising = !whole || flags.contains(WriteFlags::SERIALISING);
         let _turn = match flags.contains(WriteFlags::NO_WAIT) {
             false => self.track(offset, bytes, serialising).await,
-            true => Some(self.try_track(offset, bytes)?),
+            true => self.try_track(offset, bytes, serialising)?,
         };
         let _marks = self.changes(offset, bytes);
         let zeroes = self.detected_zeroes(&from);
@@ -356,11 +356,21 @@ impl<'a> Io<'a> {
         }
     }
 
-    fn try_track(self, offset: u64, bytes: u64) -> Result<Tracked<'a>, IoError> {
+    /// As [`track`](Self::track), but fails where it would have to wait.
+    pub(super) fn try_track(
+        self,
+        offset: u64,
+        bytes: u64,
+        serialising: bool,
+    ) -> Result<Option<Tracked<'a>>, IoError> {
+        if !self.node().tracked {
+            return Ok(None);
+        }
         let unit = self.unit();
         let (begin, end) = (align::down(offset, unit), align::up(offset + bytes, unit));
         let tracker = &self.node().state.tracker;
-        tracker.try_begin(begin, end, true).ok_or(IoError::Busy)
+        let turn = tracker.try_begin(begin, end, serialising);
+        turn.map(Some).ok_or(IoError::Busy)
     }
 
     /// How to zero the range instead of writing zeroes to it; `None` where data is to be written. Looked
