@@ -20,6 +20,7 @@ use super::{BOUNCE_BYTES, IoContext, IoFuture, Modes, align};
 use crate::IoError;
 use crate::driver::{DetectZeroes, DriverKind, Limits, Role, SnapshotIo, WriteFlags, ZeroFlags};
 use crate::fault::{self, Fault};
+use crate::graph::RootId;
 use crate::graph::permission::Permissions;
 use crate::node::NodeState;
 
@@ -161,11 +162,13 @@ impl<'a> Io<'a> {
     /// A parent that holds data in this node may read past its end and, with the right to resize, write
     /// there.
     fn is_growable(self) -> bool {
-        if self.index == 0 {
+        // A driver that opens reaches its children by roots without a user.
+        let is_child = self.index != 0 || self.request.root().id() == RootId::default();
+        if !is_child {
             return false;
         }
-        match self.filtered() {
-            // A filter grows with what it filters.
+        match self.child_with(Role::FILTERED) {
+            // What passes a child through grows with it.
             Some(child) => child.is_growable(),
             None => self.node().kind == DriverKind::Protocol,
         }
