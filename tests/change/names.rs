@@ -177,3 +177,34 @@ fn a_disk_whose_format_was_guessed_cannot_be_made_to_look_like_another() {
         .expect("anything else may be written");
     assert!(host.read("disk", 0, 512) == [7; 512]);
 }
+
+#[test]
+fn only_what_defers_to_nothing_is_sure_to_be_zero_when_it_is_new() {
+    let host = Host::new();
+    host.place.sparse("base.raw", 256 << 10);
+    host.make_overlay("top.img", "base.raw", Some("raw"));
+    host.place.sparse("new.img", 0);
+    for (options, zero) in [
+        ("file,node-name=disk,filename=PLACE/base.raw", true),
+        (
+            "throttle,node-name=disk,throttle-group=g,file.driver=file,file.filename=PLACE/base.raw",
+            true,
+        ),
+        ("null-co,node-name=disk", false),
+        (
+            "overlay,node-name=disk,file.driver=file,file.filename=PLACE/top.img",
+            false,
+        ),
+    ] {
+        let group = host.control.add_throttle_group("g", Default::default());
+        let node = host.add(options);
+        let known = host.control.read(|graph| graph.has_zero_init(node));
+        assert_eq!(known, zero, "{options}");
+        host.remove("disk");
+        if group.is_ok() {
+            host.control
+                .remove_throttle_group("g")
+                .expect("nobody uses it");
+        }
+    }
+}

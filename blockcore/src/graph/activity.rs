@@ -74,6 +74,8 @@ impl Control {
         bytes: u64,
         preallocation: Preallocation,
     ) -> Result<(), Error> {
+        // No change may have a driver meanwhile: the plan asks them for their limits.
+        let _turn = self.turns.next().await;
         let id = self.read(|graph| graph.node(node).map(super::Node::id))?;
         let _drained = self.drain(Scope::Nodes(BTreeSet::from([id]))).await;
         // The claim's own root is drained, too.

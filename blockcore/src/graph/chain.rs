@@ -82,6 +82,19 @@ impl Graph {
         self.chain(node).any(|id| id == below)
     }
 
+    /// Whether everything of a freshly made image like this node's is sure to read as zeroes. A filter is
+    /// what it filters; an overlay is not, nor is a node that an operation has just now.
+    pub fn has_zero_init(&self, node: NodeId) -> bool {
+        if let Some(filtered) = self.filtered_by(node) {
+            return self.has_zero_init(filtered);
+        }
+        if self.backing_of(node).is_some() {
+            return false;
+        }
+        let driver = self.nodes[&node].driver.try_take();
+        driver.is_some_and(|driver| driver.has_zero_init())
+    }
+
     /// How many backing links there are below a node.
     pub fn chain_depth(&self, node: NodeId) -> usize {
         std::iter::successors(Some(node), |id| self.backing_chain_next(*id)).count() - 1

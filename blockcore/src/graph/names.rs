@@ -150,7 +150,8 @@ fn place(view: &View<'_>, id: NodeId) -> Result<String, Error> {
         if let Some(name) = &node.exact_name {
             return Ok(name.clone());
         }
-        if let Some(directory) = node.driver.take().directory() {
+        let driver = node.driver.try_take();
+        if let Some(directory) = driver.and_then(|driver| driver.directory()) {
             return Ok(format!("{}/", directory.trim_end_matches('/')));
         }
         match view.shape.child_with(at, Role::PRIMARY) {
