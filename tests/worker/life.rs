@@ -191,9 +191,19 @@ impl<'a> Life<'a> {
         }
         run.map_err(|stuck| {
             let tasks = self.test.tasks.get();
+            let disks = self.workers.iter().map(|worker| {
+                let root = worker.context.root(self.export.root());
+                root.map(|root| (root.is_held(), root.in_flight()))
+            });
+            let disks: Vec<_> = disks.collect();
+            let export = Rc::clone(&self.export);
+            let asking = async move { export.held().await };
+            let held = self.simulation.run(&self.office, LIMIT, asking);
             format!(
-                "{stuck}\n  {tasks} tasks of control, changing {:?}",
-                self.test.changing
+                "{stuck}\n  {tasks} tasks of control, changing {:?}, disks drained and requests in \
+                 flight {disks:?}, held {:?}",
+                self.test.changing,
+                held.ok()
             )
         })
     }
@@ -385,10 +395,11 @@ impl<'a> Life<'a> {
 
     /// Breaks a queue's ring, waits to be told, and begins anew with it.
     fn break_queue(&self, index: usize) {
-        if self.test.changing.borrow()[index] {
+        let mut guest = self.guest.borrow_mut();
+        // What was made available before the break is to be answered, so the index must not jump.
+        if self.test.changing.borrow()[index] || !guest.has_room(index) {
             return;
         }
-        let mut guest = self.guest.borrow_mut();
         guest.break_queue(self.simulation, index);
         drop(guest);
         let context = Rc::clone(self.office.context());
