@@ -122,7 +122,6 @@ impl Control {
         if matches!(stuck, futures_util::future::Either::Left(_)) {
             return;
         }
-        drop(stuck);
         let asked: Vec<_> = self.read(|graph| {
             let roots: BTreeSet<_> = graph.held.roots.clone();
             graph

@@ -43,6 +43,11 @@ impl DiskCase {
     /// What goes together: images lie in files, which grow; a base is no longer than its image.
     fn fitted(mut self) -> Self {
         self.base_bytes = self.base_bytes.min(self.bytes);
+        if self.cluster.is_some() {
+            // A power cut may leave any number of sectors of a file that grew, and a host that wants more
+            // for direct I/O does not open it then.
+            self.properties.direct_alignment = 512;
+        }
         if self.is_device && self.cluster.is_none() {
             self.properties.file_type = FileType::BlockDevice;
         }

@@ -7,13 +7,9 @@ use blockcore::fault::{self, Fault};
 use crate::case::Case;
 use crate::{Test, Totals};
 
-/// Within how many seeds each is found.
-fn within(fault: Fault) -> u64 {
-    match fault {
-        Fault::FlushElidedAfterRestart => 400,
-        _ => 100,
-    }
-}
+/// Within how many seeds each is found. Most take one or two; the latest of a mark too early, a stale
+/// resolution and an elided flush took about thirty when this was written.
+const WITHIN: u64 = 100;
 
 /// Why a seed fails with a fault, if it does.
 fn failure(seed: u64, fault: Option<Fault>) -> Option<String> {
@@ -33,14 +29,13 @@ fn failure(seed: u64, fault: Option<Fault>) -> Option<String> {
 fn every_planted_fault_is_found_and_its_seed_passes_without_it() {
     let mut missed = Vec::new();
     for (name, fault) in Fault::ALL {
-        let most = within(fault);
-        let found = (1..=most).find_map(|seed| Some((seed, failure(seed, Some(fault))?)));
+        let found = (1..=WITHIN).find_map(|seed| Some((seed, failure(seed, Some(fault))?)));
         let Some((seed, why)) = found else {
-            eprintln!("{name}: not found within {most} seeds");
+            eprintln!("{name}: not found within {WITHIN} seeds");
             missed.push(name);
             continue;
         };
-        eprintln!("{name}: seed {seed} of {most}: {why}");
+        eprintln!("{name}: seed {seed} of {WITHIN}: {why}");
         for seed in 1..=seed {
             assert_eq!(failure(seed, None), None, "seed {seed} fails by itself");
         }

@@ -180,8 +180,12 @@ impl Life {
     /// Injected failures may make any change fail.
     pub(crate) fn check_error(&self, what: &str, error: &Error) -> Result<(), String> {
         let faults = &self.test.case.faults;
-        let calls = faults.call_error_permille > 0 || faults.sync_error_permille > 0;
-        if error.kind() == ErrorKind::Io && calls {
+        let fails = faults.call_error_permille > 0
+            || faults.sync_error_permille > 0
+            || faults.read_error_permille > 0
+            || faults.write_error_permille > 0
+            || faults.no_space_permille > 0;
+        if error.kind() == ErrorKind::Io && fails {
             return Ok(());
         }
         Err(format!(

@@ -61,7 +61,9 @@ fn no_crate_but_the_tests_has_planted_faults_built() {
         let Ok(manifest) = fs::read_to_string(found.join("Cargo.toml")) else {
             continue;
         };
-        let naming_it = manifest.lines().filter(|line| line.contains("planted-faults"));
+        let naming_it = manifest
+            .lines()
+            .filter(|line| line.contains("planted-faults"));
         naming.extend(naming_it.map(str::to_owned));
     }
     naming.sort();

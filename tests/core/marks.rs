@@ -126,6 +126,8 @@ impl Life {
         let Some(id) = mirror.root.get() else {
             let spec = RootSpec {
                 shares: blockcore::graph::permission::Permissions::all(),
+                // A filter above the file may come to show another disk.
+                stays: true,
                 ..RootSpec::reader(format!("mirror of disk {disk}"))
             };
             let root = self

@@ -2,6 +2,10 @@
 //!
 //! Random tests take their seed from `STONEWORK_SEED` and print it when they fail.
 
+mod blkdebug;
+mod compress;
+mod copy_on_read;
 mod overlay;
+mod preallocate;
 mod setup;
 mod throttle;

@@ -10,10 +10,10 @@
 //!
 //! Invariants:
 //!
-//! * Whoever changes a cluster's state has the cluster in [`OverlayIo::changing`]. A write into a
+//! * Whoever changes a cluster's state has the cluster in `OverlayIo::changing`. A write into a
 //!   cluster that is `DATA` changes none, and goes in place without being there: of what it may meet,
 //!   every order is as good as any other.
-//! * Where writing the map failed, the file may say either; the state is marked [`UNSURE`] then, it is
+//! * Where writing the map failed, the file may say either; the state is marked `UNSURE` then, it is
 //!   read as before, and the next write puts both right.
 
 use std::cell::RefCell;
@@ -644,6 +644,10 @@ impl DriverIo for OverlayIo {
             self.allocate(io, offset, from, COMPRESSED).await
         }
         .boxed_local()
+    }
+
+    fn can_compress(&self) -> bool {
+        true
     }
 
     fn write_zeroes<'a>(

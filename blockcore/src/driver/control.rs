@@ -167,6 +167,18 @@ pub trait Driver {
         async { Ok(()) }.boxed_local()
     }
 
+    /// The node is going to be reopened for reading only, and its children may be. It has been flushed;
+    /// whoever leaves something for its end does that now. May be called for a reopen that is given up:
+    /// the node goes on as it is then.
+    ///
+    /// # Errors
+    ///
+    /// What could not be done; the node stays as it is.
+    fn stop_writing(&mut self, root: Rc<Root>) -> LocalBoxFuture<'_, Result<(), Error>> {
+        let _ = root;
+        async { Ok(()) }.boxed_local()
+    }
+
     /// Whether everything of a freshly made image is guaranteed to read as zeroes. A filter is asked
     /// about its child by the core.
     fn has_zero_init(&self) -> bool {
@@ -316,7 +328,7 @@ impl ReopenRequest {
     /// The names of the driver's options that would change.
     pub fn changed(&self) -> Vec<String> {
         let mut changed = self.before.differences(&self.options, &[self.table]);
-        changed.retain(|name| self.table.iter().any(|spec| spec.name == name));
+        changed.retain(|name| self.table.iter().any(|spec| spec.is_key(name)));
         changed
     }
 

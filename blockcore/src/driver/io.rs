@@ -108,6 +108,17 @@ pub trait DriverIo: Send + Sync {
         io.forward(|child| child.write_compressed(offset, from).boxed_local())
     }
 
+    /// Whether the driver itself compresses what [`write_compressed`](Self::write_compressed) gets.
+    fn can_compress(&self) -> bool {
+        false
+    }
+
+    /// Copies what a read of the range would copy, without anybody who reads: for filters that copy on
+    /// read.
+    fn prefetch<'a>(&'a self, io: Io<'a>, offset: u64, bytes: u64) -> IoFuture<'a> {
+        io.forward(move |child| child.prefetch(offset, bytes).boxed_local())
+    }
+
     /// Makes a range read as zeroes better than by writing them. [`crate::IoError::Unsupported`] sends the
     /// pipeline to do just that. Without [`ZeroFlags::MAY_UNMAP`] space stays reserved.
     fn write_zeroes<'a>(

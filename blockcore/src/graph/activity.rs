@@ -165,7 +165,7 @@ impl Change {
     fn in_order(&self, node: NodeId) -> Vec<NodeId> {
         let shape = &self.state().shape;
         let below = shape.below([node]);
-        let mut order = shape.from_the_top();
+        let mut order = shape.topmost_first();
         order.retain(|id| below.contains(id));
         order
     }

@@ -397,7 +397,7 @@ impl Change {
                 }
             })
         })?;
-        for id in self.state().shape.from_the_top() {
+        for id in self.state().shape.topmost_first() {
             let all = self.state().shape.cumulative(id);
             let before = self.permissions_before(id);
             let driver = self.control.read(|graph| {

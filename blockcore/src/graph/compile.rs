@@ -134,7 +134,7 @@ impl View<'_> {
     /// changed by it.
     pub(super) fn update_lengths(&self) -> Vec<NodeId> {
         let mut changed = Vec::new();
-        for id in self.shape.from_the_top().into_iter().rev() {
+        for id in self.shape.topmost_first().into_iter().rev() {
             if self.update_length(id) {
                 changed.push(id);
             }

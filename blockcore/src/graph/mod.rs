@@ -155,6 +155,7 @@ mod blockers;
 mod chain;
 mod change;
 mod compile;
+mod debug;
 mod names;
 mod node;
 mod open;

@@ -109,6 +109,15 @@ impl DriverCell {
         Self(Rc::new(Cell::new(Some(driver))))
     }
 
+    /// Takes the driver, unless an operation has it.
+    pub(super) fn try_take(&self) -> Option<DriverTurn> {
+        let driver = Some(self.0.take()?);
+        Some(DriverTurn {
+            cell: self.clone(),
+            driver,
+        })
+    }
+
     /// Takes the driver until what is returned is dropped. Whoever changes the graph holds the ticket,
     /// so nobody else has it.
     pub(super) fn take(&self) -> DriverTurn {

@@ -78,6 +78,8 @@ impl Change {
         self.drain(Scope::Subtrees(nodes)).await;
         for entry in &queue {
             self.flush_before(entry).await?;
+        }
+        for entry in &queue {
             self.state_mut().shape.vertex_mut(entry.node).modes = entry.modes;
         }
         // Children before parents: these may look at what they are going to have.
@@ -212,18 +214,43 @@ impl Change {
         if entry.before.read_only || entry.before.inactive {
             return Ok(());
         }
-        let root = self.temporary_root(entry.node, super::permission::Permissions::all());
+        // Through the children that it has had until now.
+        let everything = super::permission::Permissions::all();
+        let plan = self.control().read(|graph| {
+            let view = graph.view();
+            let known = graph.node_by_id(entry.node).is_some();
+            known.then(|| view.plan(entry.node, everything, &view.tracked()))
+        });
+        let context = Rc::clone(self.control().context());
+        let root = match plan {
+            Some(plan) => crate::io::Root::new(Default::default(), context, plan, false),
+            None => self.temporary_root(entry.node, everything),
+        };
         let request = root.enter(RequestKind::Flush, 0, 0).await;
         let name = &self.state().shape.vertex(entry.node).name;
         let still_good = request.flush().await;
         match still_good {
             // That is what reopening is for.
-            Ok(()) | Err(crate::IoError::FlushLost) => Ok(()),
-            Err(error) => Err(Error::new(
-                crate::ErrorKind::Io,
-                format!("cannot flush node '{name}' before it is reopened: {error}"),
-            )),
+            Ok(()) | Err(crate::IoError::FlushLost) => {}
+            Err(error) => {
+                return Err(Error::new(
+                    crate::ErrorKind::Io,
+                    format!("cannot flush node '{name}' before it is reopened: {error}"),
+                ));
+            }
         }
+        drop(request);
+        if !entry.modes.read_only && !entry.modes.inactive {
+            return Ok(());
+        }
+        let driver = self.control().read(|graph| {
+            let node = graph.node_by_id(entry.node);
+            let node = node.or_else(|| self.state().nodes.get(&entry.node));
+            node.expect("every vertex of a shape has a node")
+                .driver
+                .clone()
+        });
+        driver.take().stop_writing(root).await
     }
 
     /// What children are to a node may depend on its options.
@@ -247,20 +274,18 @@ impl Change {
         });
         let name = self.state().shape.vertex(id).name.to_string();
         let mut options = entry.options;
-        for spec in kind.options.iter().filter(|spec| !spec.reopen) {
+        let is_fixed = |name: &str| {
+            let mut specs = kind.options.iter();
+            specs.any(|spec| spec.is_key(name) && !spec.reopen)
+        };
+        for (key, had) in before.iter().filter(|(key, _)| is_fixed(key)) {
             // What cannot change may be left out.
-            if let Some(had) = before.value(spec.name)
-                && options.value(spec.name).is_none()
-            {
-                options.set_value(spec.name, had.clone());
+            if options.value(key).is_none() {
+                options.set_value(key, had.clone());
             }
         }
         let changed = before.differences(&options, &[kind.options]);
-        let fixed = |name: &&String| {
-            let mut specs = kind.options.iter();
-            specs.any(|spec| spec.name == **name && !spec.reopen)
-        };
-        if let Some(option) = changed.iter().find(fixed) {
+        if let Some(option) = changed.iter().find(|name| is_fixed(name)) {
             return Err(Error::invalid(format!(
                 "cannot change the option '{option}' of node '{name}'"
             )));

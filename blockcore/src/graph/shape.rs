@@ -364,7 +364,7 @@ impl Shape {
     }
 
     /// Every node, parents before children.
-    pub(crate) fn from_the_top(&self) -> Vec<NodeId> {
+    pub(crate) fn topmost_first(&self) -> Vec<NodeId> {
         let mut waiting: BTreeMap<_, _> = self
             .nodes
             .iter()
@@ -415,7 +415,7 @@ impl Shape {
         &mut self,
         rule: impl Fn(NodeId, &ChildQuery) -> ChildPermissions,
     ) -> Result<(), Error> {
-        for id in self.from_the_top() {
+        for id in self.topmost_first() {
             let all = self.cumulative(id);
             self.check_writable(id, all)?;
             let vertex = self.vertex(id);

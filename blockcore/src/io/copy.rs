@@ -50,8 +50,18 @@ impl Request {
         if bytes == 0 {
             return Ok(());
         }
-        let from = source.copy_place(false, offset, bytes).await?;
-        let into = target.copy_place(true, to_offset, bytes).await?;
+        let (from, into) = loop {
+            let from = source.copy_place(false, true, offset, bytes).await?;
+            match target.copy_place(true, false, to_offset, bytes).await {
+                Ok(into) => break (from, into),
+                Err(IoError::Busy) => {}
+                Err(error) => return Err(error),
+            }
+            // Whoever is in the way of the target may wait for the source: it has to be let go, and both
+            // are tried again when the target was free.
+            drop(from);
+            drop(target.copy_place(true, true, to_offset, bytes).await?);
+        };
         let mut done = 0;
         while done < bytes {
             let call = HostCall::CopyRange {
@@ -75,9 +85,12 @@ impl Request {
 }
 
 impl<'a> Io<'a> {
+    /// Follows a range down to its file, its turn had in every layer. [`IoError::Busy`] where that means
+    /// waiting, and it is not to `wait`.
     async fn copy_place(
         self,
         write: bool,
+        wait: bool,
         mut offset: u64,
         bytes: u64,
     ) -> Result<Place<'a>, IoError> {
@@ -92,7 +105,10 @@ impl<'a> Io<'a> {
                 true => layer.check_write(offset, bytes)?,
                 false => layer.check(offset, bytes)?,
             }
-            let turn = layer.track(offset, bytes, false).await;
+            let turn = match wait {
+                true => layer.track(offset, bytes, false).await,
+                false => layer.try_track(offset, bytes, false)?,
+            };
             let marks = write.then(|| layer.changes(offset, bytes));
             held.push((turn, marks));
             let node = layer.node();

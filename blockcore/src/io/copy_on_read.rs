@@ -61,6 +61,21 @@ impl Io<'_> {
         Ok(())
     }
 
+    /// Has a filter that copies on read do so, here or below: what a read would do for the chain, with
+    /// nobody who reads.
+    ///
+    /// # Errors
+    ///
+    /// [`IoError::Unsupported`] if nobody copies on read; else as [`read_copying`](Self::read_copying).
+    pub async fn prefetch(self, offset: u64, bytes: u64) -> Result<(), IoError> {
+        self.check(offset, bytes)?;
+        if bytes == 0 {
+            return Ok(());
+        }
+        let _turn = self.track(offset, bytes, false).await;
+        self.node().io.prefetch(self, offset, bytes).await
+    }
+
     /// Copies what lies below a range of this node into it; returns what that was.
     async fn copy_up(self, offset: u64, bytes: u64) -> Result<Segments, IoError> {
         let bounce = self.bounce(bytes);

@@ -97,7 +97,8 @@ impl Io<'_> {
             return Ok(());
         }
         let Some(covers) = node.state.generation.begin() else {
-            return Ok(());
+            // Somebody else may have written to a child.
+            return self.flush_children().await;
         };
         if fault::is_planted(Fault::Flush) && node.kind == DriverKind::Protocol {
             return Ok(());

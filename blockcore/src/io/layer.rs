@@ -20,6 +20,7 @@ use super::{BOUNCE_BYTES, IoContext, IoFuture, Modes, align};
 use crate::IoError;
 use crate::driver::{DetectZeroes, DriverKind, Limits, Role, SnapshotIo, WriteFlags, ZeroFlags};
 use crate::fault::{self, Fault};
+use crate::graph::RootId;
 use crate::graph::permission::Permissions;
 use crate::node::NodeState;
 
@@ -161,11 +162,13 @@ impl<'a> Io<'a> {
     /// A parent that holds data in this node may read past its end and, with the right to resize, write
     /// there.
     fn is_growable(self) -> bool {
-        if self.index == 0 {
+        // A driver that opens reaches its children by roots without a user.
+        let is_child = self.index != 0 || self.request.root().id() == RootId::default();
+        if !is_child {
             return false;
         }
-        match self.filtered() {
-            // A filter grows with what it filters.
+        match self.child_with(Role::FILTERED) {
+            // What passes a child through grows with it.
             Some(child) => child.is_growable(),
             None => self.node().kind == DriverKind::Protocol,
         }
@@ -336,7 +339,7 @@ impl<'a> Io<'a> {
         let serialising = !whole || flags.contains(WriteFlags::SERIALISING);
         let _turn = match flags.contains(WriteFlags::NO_WAIT) {
             false => self.track(offset, bytes, serialising).await,
-            true => Some(self.try_track(offset, bytes)?),
+            true => self.try_track(offset, bytes, serialising)?,
         };
         let _marks = self.changes(offset, bytes);
         let zeroes = self.detected_zeroes(&from);
@@ -356,11 +359,21 @@ impl<'a> Io<'a> {
         }
     }
 
-    fn try_track(self, offset: u64, bytes: u64) -> Result<Tracked<'a>, IoError> {
+    /// As [`track`](Self::track), but fails where it would have to wait.
+    pub(super) fn try_track(
+        self,
+        offset: u64,
+        bytes: u64,
+        serialising: bool,
+    ) -> Result<Option<Tracked<'a>>, IoError> {
+        if !self.node().tracked {
+            return Ok(None);
+        }
         let unit = self.unit();
         let (begin, end) = (align::down(offset, unit), align::up(offset + bytes, unit));
         let tracker = &self.node().state.tracker;
-        tracker.try_begin(begin, end, true).ok_or(IoError::Busy)
+        let turn = tracker.try_begin(begin, end, serialising);
+        turn.map(Some).ok_or(IoError::Busy)
     }
 
     /// How to zero the range instead of writing zeroes to it; `None` where data is to be written. Looked
@@ -482,6 +495,11 @@ impl<'a> Io<'a> {
         let _turn = self.track(offset, bytes, false).await;
         let _marks = self.changes(offset, bytes);
         self.node().io.write_compressed(self, offset, from).await
+    }
+
+    /// Whether [`write_compressed`](Self::write_compressed) leads to a driver that compresses.
+    pub fn can_compress(self) -> bool {
+        self.node().io.can_compress() || self.filtered().is_some_and(Self::can_compress)
     }
 
     /// Marks a range as changed when what is returned is dropped: after the I/O, and before anybody is

@@ -26,7 +26,7 @@ const MAX_KEY_WORDS: usize = 100;
 /// One option of a driver.
 #[derive(Debug)]
 pub struct OptionSpec {
-    /// Its key, dotted if nested.
+    /// Its key, dotted if nested; `*` stands for the places of a list, and such an option has a default.
     pub name: &'static str,
     /// What it takes.
     pub kind: OptionKind,
@@ -38,6 +38,24 @@ pub struct OptionSpec {
     pub changes_data: bool,
     /// One line of help, with the unit.
     pub help: &'static str,
+}
+
+impl OptionSpec {
+    /// Whether `key` is this option. A `*` in its name stands for any one word: the place in a list.
+    pub fn is_key(&self, key: &str) -> bool {
+        if !self.name.contains('*') {
+            return self.name == key;
+        }
+        let (mut words, mut given) = (self.name.split('.'), key.split('.'));
+        loop {
+            match (words.next(), given.next()) {
+                (None, None) => return true,
+                (Some("*"), Some(_)) => {}
+                (mine, theirs) if mine == theirs => {}
+                _ => return false,
+            }
+        }
+    }
 }
 
 /// What an option takes.
@@ -333,7 +351,7 @@ fn specs<'t>(tables: &'t [&[OptionSpec]]) -> impl Iterator<Item = &'t OptionSpec
 }
 
 fn find<'t>(tables: &'t [&[OptionSpec]], key: &str) -> Option<&'t OptionSpec> {
-    specs(tables).find(|spec| spec.name == key)
+    specs(tables).find(|spec| spec.is_key(key))
 }
 
 /// Whether a value is one that an option of this kind takes; the error says what it takes.

@@ -2,7 +2,7 @@
 //!
 //! The leaf of almost every chain. How a file is open (for writing or not, past the page cache or not)
 //! follows from the node's modes and from who uses it; another way means another open file description
-//! and another I/O half ([`driver`]). Image locks ([`lock`]) go over to the new description before the
+//! and another I/O half (`driver`). Image locks (`lock`) go over to the new description before the
 //! old one is given up.
 //!
 //! A failed flush is final for a description whose data goes through the page cache: Linux may have

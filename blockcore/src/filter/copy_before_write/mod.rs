@@ -3,8 +3,8 @@
 //!
 //! `copy-before-write` is put above a node in use. Before a guest changes a cluster for the first time, it
 //! copies what is there to its child `target`; what is read through it is the guest's disk. What is to be
-//! kept, and everything that may wait, is in [`snapshot`]; `snapshot-access`, through which the old disk
-//! is read, in [`access`].
+//! kept, and everything that may wait, is in `snapshot`; `snapshot-access`, through which the old disk
+//! is read, in `access`.
 //!
 //! Flushes go to the guest's disk only: the target is worth nothing after a crash.
 
