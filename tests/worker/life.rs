@@ -370,8 +370,9 @@ impl<'a> Life<'a> {
                 test.stable.set(false);
             }
             let outcome = export.set_writeback(writeback).await;
+            let nothing = writeback || test.case.no_flush || test.read_only.get();
             let flushed = match outcome {
-                Ok(()) if writeback || test.case.no_flush || test.stable.get() => Flushed::Nothing,
+                Ok(()) if nothing || test.stable.get() => Flushed::Nothing,
                 Ok(()) => Flushed::Done,
                 Err(_) if test.case.direct => Flushed::Nothing,
                 Err(_) => Flushed::Lost,
@@ -454,7 +455,7 @@ impl<'a> Life<'a> {
         let flushing = async move { export.flush().await };
         let flushed = simulation.run(&self.office, LIMIT, flushing);
         let flushed = match flushed.map_err(|stuck| stuck.to_string())? {
-            Ok(()) if !test.case.no_flush => Flushed::Done,
+            Ok(()) if !test.case.no_flush && !test.read_only.get() => Flushed::Done,
             Err(_) if test.flushes_can_be_lost() => Flushed::Lost,
             _ => Flushed::Nothing,
         };
