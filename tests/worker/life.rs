@@ -223,7 +223,8 @@ impl<'a> Life<'a> {
                 test.fail(format!("{notice:?} by a policy that holds nothing"));
             }
             let by_itself = test.case.retry.is_some();
-            if notice.no_space && (by_itself || test.chance(300)) {
+            // What is tried again by itself is said once, whatever it meets later.
+            if by_itself || (notice.no_space && test.chance(300)) {
                 self.simulation.set_capacity(None);
             }
             if !by_itself {
