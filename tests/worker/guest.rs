@@ -200,6 +200,12 @@ impl Guest {
         queue.kick(simulation);
     }
 
+    /// Whether a queue's ring has room for one more entry, even if the device has taken none yet.
+    pub(crate) fn has_room(&self, index: usize) -> bool {
+        let queue = &self.queues[index];
+        queue.asked.len() < usize::from(queue.ring.size)
+    }
+
     /// Whether a queue is broken.
     pub(crate) fn is_broken(&self, index: usize) -> bool {
         self.queues[index].broken

@@ -191,9 +191,19 @@ impl<'a> Life<'a> {
         }
         run.map_err(|stuck| {
             let tasks = self.test.tasks.get();
+            let disks = self.workers.iter().map(|worker| {
+                let root = worker.context.root(self.export.root());
+                root.map(|root| (root.is_held(), root.in_flight()))
+            });
+            let disks: Vec<_> = disks.collect();
+            let export = Rc::clone(&self.export);
+            let asking = async move { export.held().await };
+            let held = self.simulation.run(&self.office, LIMIT, asking);
             format!(
-                "{stuck}\n  {tasks} tasks of control, changing {:?}",
-                self.test.changing
+                "{stuck}\n  {tasks} tasks of control, changing {:?}, disks drained and requests in \
+                 flight {disks:?}, held {:?}",
+                self.test.changing,
+                held.ok()
             )
         })
     }
@@ -213,7 +223,8 @@ impl<'a> Life<'a> {
                 test.fail(format!("{notice:?} by a policy that holds nothing"));
             }
             let by_itself = test.case.retry.is_some();
-            if notice.no_space && (by_itself || test.chance(300)) {
+            // What is tried again by itself is said once, whatever it meets later.
+            if by_itself || (notice.no_space && test.chance(300)) {
                 self.simulation.set_capacity(None);
             }
             if !by_itself {
@@ -360,8 +371,9 @@ impl<'a> Life<'a> {
                 test.stable.set(false);
             }
             let outcome = export.set_writeback(writeback).await;
+            let nothing = writeback || test.case.no_flush || test.read_only.get();
             let flushed = match outcome {
-                Ok(()) if writeback || test.case.no_flush || test.stable.get() => Flushed::Nothing,
+                Ok(()) if nothing || test.stable.get() => Flushed::Nothing,
                 Ok(()) => Flushed::Done,
                 Err(_) if test.case.direct => Flushed::Nothing,
                 Err(_) => Flushed::Lost,
@@ -385,10 +397,11 @@ impl<'a> Life<'a> {
 
     /// Breaks a queue's ring, waits to be told, and begins anew with it.
     fn break_queue(&self, index: usize) {
-        if self.test.changing.borrow()[index] {
+        let mut guest = self.guest.borrow_mut();
+        // What was made available before the break is to be answered, so the index must not jump.
+        if self.test.changing.borrow()[index] || !guest.has_room(index) {
             return;
         }
-        let mut guest = self.guest.borrow_mut();
         guest.break_queue(self.simulation, index);
         drop(guest);
         let context = Rc::clone(self.office.context());
@@ -443,7 +456,7 @@ impl<'a> Life<'a> {
         let flushing = async move { export.flush().await };
         let flushed = simulation.run(&self.office, LIMIT, flushing);
         let flushed = match flushed.map_err(|stuck| stuck.to_string())? {
-            Ok(()) if !test.case.no_flush => Flushed::Done,
+            Ok(()) if !test.case.no_flush && !test.read_only.get() => Flushed::Done,
             Err(_) if test.flushes_can_be_lost() => Flushed::Lost,
             _ => Flushed::Nothing,
         };

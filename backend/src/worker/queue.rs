@@ -328,11 +328,9 @@ impl Queue {
 
     /// Tries held requests again: all of them.
     pub(super) fn resume(&mut self) {
+        self.parked.iter_mut().for_each(Parked::resume);
         self.again
-            .extend(self.parked.drain(..).map(|parked| Parked {
-                reported: false,
-                ..parked
-            }));
+            .append(&mut std::mem::take(&mut self.parked).into());
         self.retry_at = None;
     }
 
