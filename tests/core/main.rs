@@ -69,8 +69,8 @@ fn no_crate_but_the_tests_has_planted_faults_built() {
     naming.sort();
     let expected = [
         // The block layer has it, and does not enable it; the tests may.
-        "planted-faults = []",
         "planted-faults = [\"blockcore/planted-faults\"]",
+        "planted-faults = []",
     ];
     assert_eq!(naming, expected);
 }

@@ -449,7 +449,8 @@ impl Change {
             return Ok(());
         }
         let root = self.temporary_root(id, Permissions::CONSISTENT_READ);
-        let request = root.enter(RequestKind::Other, 0, 0).await;
+        // Nothing is changed by it, which flushes would have to cover.
+        let request = root.enter(RequestKind::Read, 0, 0).await;
         let name = &self.state().shape.vertex(id).name;
         Io::root(&request).refresh_bytes().await.map_err(|error| {
             Error::new(
