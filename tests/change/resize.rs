@@ -79,10 +79,13 @@ fn what_grows_reads_as_zeroes_also_above_a_longer_backing_image() {
 #[test]
 fn a_length_that_cannot_be_had_is_refused_with_the_reason_and_stays() {
     let host = Host::new();
-    host.place.sparse("disk.raw", 1 << 20);
+    for file in ["disk.raw", "part.raw", "still.raw"] {
+        host.place.sparse(file, 1 << 20);
+    }
     host.add("raw,node-name=disk,file.driver=file,file.filename=PLACE/disk.raw");
-    host.add("raw,node-name=part,size=64k,file.driver=file,file.filename=PLACE/disk.raw");
-    host.add("raw,node-name=still,read-only=on,file.driver=file,file.filename=PLACE/disk.raw");
+    // Who has a part of a file has the file stay as long as it is, also while nobody uses the part.
+    host.add("raw,node-name=part,size=64k,file.driver=file,file.filename=PLACE/part.raw");
+    host.add("raw,node-name=still,read-only=on,file.driver=file,file.filename=PLACE/still.raw");
     let resize = |node: &'static str, bytes: u64, how: Preallocation| {
         let resized =
             host.run(move |control| async move { control.resize(node, bytes, how).await });
