@@ -89,7 +89,7 @@ impl Control {
             graph.update_held();
             let waits: Vec<_> = graph
                 .contexts_of(&held.roots)
-                .map(|(root, who, context)| Wait::new(root, who, context))
+                .map(|(root, _, context)| Wait::new(root, &context))
                 .collect();
             (id, waits)
         });
@@ -163,7 +163,7 @@ struct Wait {
 }
 
 impl Wait {
-    fn new(root: RootId, _who: String, context: ContextHandle) -> Self {
+    fn new(root: RootId, context: &ContextHandle) -> Self {
         let (reply, answer) = oneshot::channel();
         context.post(move |context| {
             if let Some(root) = context.any_root(root) {
