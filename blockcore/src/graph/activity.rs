@@ -10,7 +10,7 @@ use super::permission::Permissions;
 use super::{Change, Control, NodeId, Operation, RootSpec};
 use crate::drain::Scope;
 use crate::driver::{Preallocation, TruncateFlags};
-use crate::io::{RequestKind, Root};
+use crate::io::RequestKind;
 use crate::{Error, ErrorKind, IoError};
 
 impl Control {
@@ -83,7 +83,7 @@ impl Control {
             let view = graph.view();
             view.plan(id, Permissions::all(), &view.tracked())
         });
-        let root = Root::new(Default::default(), self.context().clone(), plan, false);
+        let root = self.unused_root(plan);
         let request = root.enter(RequestKind::Truncate, bytes, 0).await;
         let flags = TruncateFlags::ZERO;
         let truncated = request.truncate(bytes, true, preallocation, flags).await;

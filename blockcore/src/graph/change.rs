@@ -380,7 +380,7 @@ impl Change {
                 view.plan(node, granted, &tracked)
             })
         });
-        Root::new(RootId(0), Rc::clone(&self.control.context), plan, false)
+        self.control.unused_root(plan)
     }
 
     /// Works out permissions for the shape as it is now, and has drivers take what they need.
@@ -553,7 +553,7 @@ async fn abort(control: &Control, mut state: Box<State>) {
                 view.plan(id, Permissions::all(), &BTreeSet::new())
             })
         });
-        let root = Root::new(RootId(0), Rc::clone(&control.context), plan, false);
+        let root = control.unused_root(plan);
         let Some(node) = state.nodes.get(&id) else {
             continue;
         };
@@ -574,7 +574,7 @@ async fn take_back(control: &Control, id: NodeId) {
         Some((node.driver.clone(), plan))
     });
     let Some((driver, plan)) = found else { return };
-    let root = Root::new(RootId(0), Rc::clone(&control.context), plan, false);
+    let root = control.unused_root(plan);
     let activated = driver.take().activate(root).await;
     if let Err(error) = activated {
         tracing::error!(error = %error.report(), "a node that was to be inactive is neither");
@@ -789,7 +789,7 @@ async fn finish(control: Control, mut rest: Box<Rest>) -> Result<(), Error> {
             Some((node.driver.clone(), plan))
         });
         if let Some((driver, plan)) = found {
-            let root = Root::new(RootId(0), Rc::clone(&control.context), plan, false);
+            let root = control.unused_root(plan);
             outcome = outcome.and(driver.take().reopen_after_commit(root).await);
         }
     }
@@ -812,7 +812,7 @@ async fn finish(control: Control, mut rest: Box<Rest>) -> Result<(), Error> {
         };
         let Some(plan) = plan else { continue };
         let modes = rest.shape.vertex(id).modes;
-        let root = Root::new(RootId(0), Rc::clone(&control.context), plan, false);
+        let root = control.unused_root(plan);
         if !modes.read_only && !modes.inactive {
             let flushed = root.flush().await.map_err(|error| {
                 Error::new(

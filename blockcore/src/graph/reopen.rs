@@ -221,9 +221,8 @@ impl Change {
             let known = graph.node_by_id(entry.node).is_some();
             known.then(|| view.plan(entry.node, everything, &view.tracked()))
         });
-        let context = Rc::clone(self.control().context());
         let root = match plan {
-            Some(plan) => crate::io::Root::new(Default::default(), context, plan, false),
+            Some(plan) => self.control().unused_root(plan),
             None => self.temporary_root(entry.node, everything),
         };
         let request = root.enter(RequestKind::Flush, 0, 0).await;

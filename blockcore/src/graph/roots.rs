@@ -156,6 +156,12 @@ impl Control {
         })
     }
 
+    /// A root without a user, called [`RootId::default`], which no drained section holds: for what a
+    /// change does to a node while nothing of a user's is in flight there.
+    pub(super) fn unused_root(&self, plan: Arc<Plan>) -> Rc<Root> {
+        Root::new(RootId::default(), Rc::clone(&self.context), plan, false)
+    }
+
     /// The node that a root uses, now.
     pub fn node_of(&self, id: RootId) -> Option<NodeId> {
         self.read(|graph| graph.shape.root(id).map(|edge| edge.child))
