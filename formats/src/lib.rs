@@ -6,6 +6,7 @@
 pub mod file;
 pub mod null;
 pub mod probe;
+pub mod qcow2;
 pub mod raw;
 
 use blockcore::driver::DriverType;
