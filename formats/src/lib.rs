@@ -8,6 +8,8 @@ pub mod null;
 pub mod probe;
 pub mod qcow2;
 pub mod raw;
+mod rounds;
+mod sync;
 
 use blockcore::driver::DriverType;
 
