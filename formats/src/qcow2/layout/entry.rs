@@ -326,7 +326,10 @@ mod tests {
         let g = geometry(16, true);
         let entry = L2Entry::zero(g).with_data(3, 2);
         assert_eq!((entry.kind(2), entry.kind(3)), (Kind::Zero, Kind::Data));
-        assert_eq!((entry.run(0, g), entry.run(3, g), entry.run(5, g)), (3, 2, 27));
+        assert_eq!(
+            (entry.run(0, g), entry.run(3, g), entry.run(5, g)),
+            (3, 2, 27)
+        );
         assert!(entry.with_zero(0, 32).is_all(Kind::Zero, g));
         assert!(L2Entry::data(HostOffset(0x5_0000), g).is_all(Kind::Data, g));
         let contradiction = L2Entry::from_words(COPIED | 0x5_0000, both(1, 1), g);

@@ -3,7 +3,12 @@
 //! Everything here follows QEMU's `docs/interop/qcow2` ("the specification" in comments). Numbers in
 //! an image are big-endian; here they are values.
 
+pub(crate) mod bitmap;
+pub(crate) mod bytes;
 pub(crate) mod entry;
+pub(crate) mod extension;
+pub(crate) mod header;
+pub(crate) mod snapshot;
 
 /// Where a byte lies in an image's file, or in its external data file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -172,7 +177,10 @@ mod tests {
                 set_refcount(&mut block, order, index, (index as u64 * 7 + 1) & most);
             }
             for index in 0..counts {
-                assert_eq!(refcount(&block, order, index), (index as u64 * 7 + 1) & most);
+                assert_eq!(
+                    refcount(&block, order, index),
+                    (index as u64 * 7 + 1) & most
+                );
             }
         }
         let mut block = [0; 2];
