@@ -4,6 +4,8 @@
 //! | what | where |
 //! |---|---|
 //! | what lies where in an image (pure) | `layout/` |
+//! | making images | `create/` |
 
+pub mod create;
 #[expect(dead_code, reason = "the driver that uses it is being built")]
 mod layout;
