@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use blockcore::driver::{
-    Activation, BackingName, Driver, Limits, OpenModes, ReopenRequest, Reopened, WriteFlags,
+    Activation, BackingName, Driver, Limits, OpenModes, ReopenRequest, Reopened, Role, WriteFlags,
 };
 use blockcore::io::buffer::Segments;
 use blockcore::io::{Io, RequestKind, Root};
@@ -14,7 +14,7 @@ use blockcore::{Error, ErrorKind, IoError};
 use futures_util::FutureExt;
 use futures_util::future::LocalBoxFuture;
 
-use super::image::{FILE, Image};
+use super::image::{DATA_FILE, FILE, Image};
 use super::io::Qcow2Io;
 use super::layout::entry::L2Entry;
 use super::layout::header::MAX_BACKING_BYTES;
@@ -125,6 +125,22 @@ impl Driver for Qcow2Driver {
             name,
             format: header.extensions.backing_format.clone(),
         })
+    }
+
+    fn named_children(&self) -> Vec<(usize, BackingName)> {
+        let header = self.image.header();
+        let named = header.extensions.data_file.as_ref();
+        let has_one = header.geometry().data_file;
+        let data_file = named.filter(|_| has_one).map(|name| BackingName {
+            name: name.clone(),
+            format: None,
+        });
+        data_file.map(|file| (DATA_FILE, file)).into_iter().collect()
+    }
+
+    fn child_role(&self, index: usize) -> Option<Role> {
+        let has_data_file = self.image.geometry.data_file;
+        (index == FILE && has_data_file).then_some(Role::METADATA | Role::PRIMARY)
     }
 
     fn change_backing(

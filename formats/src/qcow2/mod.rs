@@ -11,13 +11,13 @@
 //! | host clusters: finding, counting, letting go of | `alloc`, `refcount`, `limbo` |
 //! | metadata that nothing may be written over | `overlap` |
 //! | writing metadata back | `committer` |
-//! | making images | `create` |
+//! | making images | `create/` |
 
 mod alloc;
 mod cache;
 mod committer;
 mod compress;
-mod create;
+pub mod create;
 mod driver;
 mod image;
 mod io;
@@ -64,6 +64,7 @@ pub static QCOW2: DriverType = DriverType {
         _ => 0,
     }),
     open: |request| open::open(request).boxed_local(),
+    create: Some(|context, options| create::create(context, options).boxed_local()),
     ..DriverType::FORMAT
 };
 
