@@ -276,7 +276,8 @@ impl Image {
         let turn = (1 << 62) + (block << TURN_BITS);
         let _turn = self.loads.begin(turn, turn + 1, true).await;
         let cluster = self.geometry.cluster_bytes();
-        if self.refcounts.get(block * self.geometry.block_counts()) != Err(Missing::Load(block, place))
+        if self.refcounts.get(block * self.geometry.block_counts())
+            != Err(Missing::Load(block, place))
         {
             return Ok(());
         }
@@ -384,7 +385,8 @@ impl Image {
         write_bytes(io, HEADER_REFCOUNT_TABLE, &fields).await?;
         io.child(FILE).flush().await?;
         self.refcounts.replace_table(table_place, table);
-        self.metadata.remove(old_place, old_clusters << g.cluster_bits);
+        self.metadata
+            .remove(old_place, old_clusters << g.cluster_bits);
         self.free(
             io,
             Freed {
@@ -419,11 +421,7 @@ impl Image {
     }
 
     /// A cluster's count; loads what is needed.
-    pub(super) async fn count(
-        &self,
-        io: Io<'_>,
-        cluster: ClusterNumber,
-    ) -> Result<u64, IoError> {
+    pub(super) async fn count(&self, io: Io<'_>, cluster: ClusterNumber) -> Result<u64, IoError> {
         loop {
             self.check_whole()?;
             match self.refcounts.get(cluster) {

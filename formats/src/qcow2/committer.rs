@@ -69,7 +69,10 @@ impl Image {
         self.behind(io, |image, fork| async move {
             image.committing.store(false, Ordering::Release);
             if let Err(error) = image.commit(fork.io()).await {
-                tracing::warn!("cannot write metadata of '{}' back: {error}", fork.io().name());
+                tracing::warn!(
+                    "cannot write metadata of '{}' back: {error}",
+                    fork.io().name()
+                );
             }
         });
     }
@@ -108,7 +111,10 @@ impl Image {
         let (l1_place, l1) = {
             let l1 = self.l1();
             let dirty = l1.dirty.iter();
-            (l1.place, dirty.map(|index| (*index, l1.get(*index))).collect())
+            (
+                l1.place,
+                dirty.map(|index| (*index, l1.get(*index))).collect(),
+            )
         };
         let (blocks, table) = self.refcounts.copy_dirty();
         Copies {
@@ -124,7 +130,10 @@ impl Image {
         if copies.is_empty() {
             return io.flush_children().await;
         }
-        let blocks = copies.blocks.iter().map(|block| (block.place, &block.counts));
+        let blocks = copies
+            .blocks
+            .iter()
+            .map(|block| (block.place, &block.counts));
         stream::iter(blocks.map(Ok))
             .try_for_each_concurrent(WRITES_AT_ONCE, |(place, counts)| async move {
                 io.child(FILE).event("refblock_update_part").await?;

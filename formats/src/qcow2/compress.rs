@@ -47,7 +47,9 @@ fn decompress(compression: Compression, data: &[u8], bytes: usize) -> Option<Vec
             (is_done && inflate.total_out() == bytes as u64).then_some(plain)
         }
         Compression::Zstd => {
-            let mut decoder = zstd::stream::read::Decoder::with_buffer(data).ok()?.single_frame();
+            let mut decoder = zstd::stream::read::Decoder::with_buffer(data)
+                .ok()?
+                .single_frame();
             decoder.read_exact(&mut plain).ok()?;
             Some(plain)
         }

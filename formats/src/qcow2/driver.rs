@@ -135,7 +135,10 @@ impl Driver for Qcow2Driver {
             name: name.clone(),
             format: None,
         });
-        data_file.map(|file| (DATA_FILE, file)).into_iter().collect()
+        data_file
+            .map(|file| (DATA_FILE, file))
+            .into_iter()
+            .collect()
     }
 
     fn child_role(&self, index: usize) -> Option<Role> {
@@ -208,7 +211,9 @@ impl Image {
     pub(super) async fn finish(&self, io: Io<'_>) -> Result<(), IoError> {
         self.commit(io).await?;
         while self.releasing.load(Ordering::Acquire) > 0 {
-            io.context().delay(std::time::Duration::from_millis(1)).await;
+            io.context()
+                .delay(std::time::Duration::from_millis(1))
+                .await;
         }
         *self.tail() = None;
         self.give_back_reserved(io).await?;

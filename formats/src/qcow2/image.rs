@@ -22,8 +22,8 @@ use blockcore::io::tracked::Tracker;
 
 use super::alloc::Pools;
 use super::cache::SliceCache;
-use super::layout::entry::L1Entry;
 use super::compress::Tail;
+use super::layout::entry::L1Entry;
 use super::layout::header::{Features, Header};
 use super::layout::{Geometry, HostOffset};
 use super::limbo::Limbo;
@@ -193,8 +193,11 @@ impl Image {
     }
 
     /// Does `work` behind the request that `io` is part of: drained sections wait for it.
-    pub(super) fn behind<F>(&self, io: Io<'_>, work: impl FnOnce(Arc<Image>, blockcore::io::Fork) -> F)
-    where
+    pub(super) fn behind<F>(
+        &self,
+        io: Io<'_>,
+        work: impl FnOnce(Arc<Image>, blockcore::io::Fork) -> F,
+    ) where
         F: Future<Output = ()> + 'static,
     {
         let Some(image) = self.this.upgrade() else {
@@ -216,12 +219,10 @@ pub(super) async fn read_bytes(
 }
 
 /// Writes `bytes` to the image's file. Not durable before a flush.
-pub(super) async fn write_bytes(
-    io: Io<'_>,
-    host: HostOffset,
-    bytes: &[u8],
-) -> Result<(), IoError> {
+pub(super) async fn write_bytes(io: Io<'_>, host: HostOffset, bytes: &[u8]) -> Result<(), IoError> {
     let from = Segments::allocate(bytes.len(), 4096);
     from.copy_from(bytes);
-    io.child(FILE).write(host.0, from, WriteFlags::empty()).await
+    io.child(FILE)
+        .write(host.0, from, WriteFlags::empty())
+        .await
 }

@@ -208,7 +208,9 @@ impl Image {
                 compressed: None,
             });
         };
-        entry.check(g).map_err(|error| Need::Corrupt(error, entry))?;
+        entry
+            .check(g)
+            .map_err(|error| Need::Corrupt(error, entry))?;
         let within = g.offset_in_cluster(offset);
         let index = g.subcluster(offset);
         let kind = entry.kind(index);

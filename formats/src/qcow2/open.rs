@@ -249,11 +249,7 @@ fn mark_tables(metadata: &Metadata, l1: &[L1Entry]) {
 }
 
 /// Marks what belongs to snapshots and bitmaps.
-async fn mark_inactive(
-    source: &Source,
-    metadata: &Metadata,
-    header: &Header,
-) -> Result<(), Error> {
+async fn mark_inactive(source: &Source, metadata: &Metadata, header: &Header) -> Result<(), Error> {
     let mut budget = MAX_INACTIVE_BYTES;
     let mut spend = |bytes: u64| match budget.checked_sub(bytes) {
         Some(left) => {
@@ -272,8 +268,8 @@ async fn mark_inactive(
         let table = source
             .read("snapshot table", header.snapshots_offset, most)
             .await?;
-        let (snapshots, bytes) =
-            Snapshot::parse_table(&table, header.snapshots).map_err(|error| source.corrupt(error))?;
+        let (snapshots, bytes) = Snapshot::parse_table(&table, header.snapshots)
+            .map_err(|error| source.corrupt(error))?;
         mark(metadata, header.snapshots_offset, bytes as u64);
         for snapshot in &snapshots {
             let bytes = 8 * u64::from(snapshot.l1_entries);
@@ -292,8 +288,9 @@ async fn mark_inactive(
         .read("bitmap directory", directory.offset, directory.bytes)
         .await?;
     mark(metadata, directory.offset, directory.bytes);
-    let bitmaps = Bitmap::parse_directory(&bytes, directory.bitmaps, header.geometry())
-        .map_err(|error| source.corrupt(error))?;
+    let bitmaps =
+        Bitmap::parse_directory(&bytes, directory.bitmaps, header.bytes, header.geometry())
+            .map_err(|error| source.corrupt(error))?;
     for bitmap in &bitmaps {
         let bytes = 8 * u64::from(bitmap.table_entries);
         spend(bytes)?;
@@ -303,7 +300,7 @@ async fn mark_inactive(
         mark(metadata, bitmap.table_offset, bytes);
         for entry in words(&table) {
             if let Ok(BitmapCluster::Data(host)) = BitmapCluster::parse(entry, header.geometry()) {
-                mark(metadata, host.0, metadata.cluster_bytes());
+                mark(metadata, host, metadata.cluster_bytes());
             }
         }
     }
@@ -364,7 +361,9 @@ impl CacheSizes {
         };
         let slice_bytes = given("l2-cache-entry-size").unwrap_or(DEFAULT_SLICE_BYTES.min(cluster));
         if !slice_bytes.is_power_of_two() || !(512..=cluster).contains(&slice_bytes) {
-            return refuse("'l2-cache-entry-size' must be a power of two from 512 to the cluster size");
+            return refuse(
+                "'l2-cache-entry-size' must be a power of two from 512 to the cluster size",
+            );
         }
         let disk_slices = needed.div_ceil(slice_bytes);
         // Where there is room for all of the disk's, no more than these are ever kept, however many slots

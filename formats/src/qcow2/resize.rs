@@ -9,9 +9,9 @@ use blockcore::io::buffer::Segments;
 
 use super::alloc::Class;
 use super::image::{FILE, Image, write_bytes};
-use super::layout::header::MAX_L1_BYTES;
 use super::layout::HostOffset;
 use super::layout::entry::{Kind, L1Entry, L2Entry};
+use super::layout::header::MAX_L1_BYTES;
 use super::limbo::{Cause, Freed};
 
 /// Where in the header the length is.

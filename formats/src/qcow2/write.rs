@@ -7,8 +7,8 @@ use blockcore::io::buffer::Segments;
 
 use super::alloc::{Class, Reserved};
 use super::image::{FILE, Image, TURN_BITS, read_bytes, write_bytes};
-use super::layout::{Geometry, HostOffset};
 use super::layout::entry::{Kind, L1Entry, L2Entry};
+use super::layout::{Geometry, HostOffset};
 use super::limbo::{Cause, Freed};
 use super::mapping::Extent;
 

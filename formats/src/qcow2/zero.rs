@@ -53,12 +53,7 @@ impl Image {
         self.change_range(io, offset, bytes, change).await
     }
 
-    pub(super) async fn discard(
-        &self,
-        io: Io<'_>,
-        offset: u64,
-        bytes: u64,
-    ) -> Result<(), IoError> {
+    pub(super) async fn discard(&self, io: Io<'_>, offset: u64, bytes: u64) -> Result<(), IoError> {
         if !self.geometry.zero_flag && io.has_child(BACKING) {
             // What the backing image has would be back.
             return Err(IoError::Unsupported);
