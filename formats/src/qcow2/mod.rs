@@ -5,7 +5,9 @@
 //! |---|---|
 //! | what lies where in an image (pure) | `layout/` |
 //! | making images | `create/` |
+//! | checking and repairing them | `check/` |
 
+pub mod check;
 pub mod create;
 #[expect(dead_code, reason = "the driver that uses it is being built")]
 mod layout;

@@ -14,10 +14,10 @@ mod target;
 use std::path::PathBuf;
 use std::rc::Rc;
 
+use blockcore::Error;
 use blockcore::engine::{HostCall, HostReply, OpenOptions};
 use blockcore::io::{IoContext, RequestKind, Root};
 use blockcore::options::{ChildOption, Options};
-use blockcore::Error;
 
 use self::plan::Plan;
 pub use self::spec::CREATE_OPTIONS;
@@ -134,7 +134,10 @@ impl NewFile {
             write: true,
             ..OpenOptions::default()
         };
-        match context.host(HostCall::Open(self.path.clone(), options)).await {
+        match context
+            .host(HostCall::Open(self.path.clone(), options))
+            .await
+        {
             Ok(HostReply::File(file)) => Ok(Target::file(context, file)),
             Ok(reply) => unreachable!("an open answered with {reply:?}"),
             Err(error) => Err(Error::host(
@@ -169,4 +172,3 @@ async fn fill_data(data: &Target<'_>, spec: &Spec) -> Result<(), Error> {
     data.lengthen(spec.bytes, spec.preallocation).await?;
     data.sync().await
 }
-

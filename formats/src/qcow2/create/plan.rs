@@ -146,7 +146,9 @@ impl Plan {
     async fn write_refcounts(&self, stream: &mut Stream<'_, '_>) -> Result<(), Error> {
         let blocks = 0..self.refcount_blocks;
         let words = blocks.map(|block| self.offset(self.first_block() + block));
-        stream.words(words, self.offset(self.refcount_table)).await?;
+        stream
+            .words(words, self.offset(self.refcount_table))
+            .await?;
         let (order, counts) = (self.geometry.refcount_order, self.geometry.block_counts());
         let mut whole = vec![0; self.geometry.cluster_bytes() as usize];
         for index in 0..counts {

@@ -16,7 +16,12 @@ const SECTOR_BYTES: u64 = 512;
 /// Options of creation, under QEMU's names. Those of the image's file, and of its external data file,
 /// come under `file.` and `data-file.`.
 pub const CREATE_OPTIONS: &[OptionSpec] = &[
-    option("size", OptionKind::Size, None, "length of the disk in bytes, a multiple of 512"),
+    option(
+        "size",
+        OptionKind::Size,
+        None,
+        "length of the disk in bytes, a multiple of 512",
+    ),
     option(
         "version",
         OptionKind::Choice(&["v2", "v3", "0.10", "1.1"]),
@@ -47,8 +52,18 @@ pub const CREATE_OPTIONS: &[OptionSpec] = &[
         Some("off"),
         "write reference counts late, and repair them after a crash",
     ),
-    option("backing-file", OptionKind::Text, Some(""), "name of the backing image"),
-    option("backing-fmt", OptionKind::Text, Some(""), "format of the backing image"),
+    option(
+        "backing-file",
+        OptionKind::Text,
+        Some(""),
+        "name of the backing image",
+    ),
+    option(
+        "backing-fmt",
+        OptionKind::Text,
+        Some(""),
+        "format of the backing image",
+    ),
     option(
         "data-file-raw",
         OptionKind::Bool,
@@ -152,15 +167,23 @@ impl Spec {
             )));
         }
         let for_version_3 = [
-            (self.refcount_order != 4, "reference counts of another width than 16 bits"),
+            (
+                self.refcount_order != 4,
+                "reference counts of another width than 16 bits",
+            ),
             (self.lazy_refcounts, "lazy reference counts"),
             (self.data_file.is_some(), "an external data file"),
             (self.extended, "extended L2 entries"),
-            (self.compression != Compression::Zlib, "another compression than zlib"),
+            (
+                self.compression != Compression::Zlib,
+                "another compression than zlib",
+            ),
         ];
         let mut wanted = for_version_3.into_iter().filter(|(wanted, _)| *wanted);
         if let Some((_, what)) = wanted.next().filter(|_| self.version < 3) {
-            return Err(Error::invalid(format!("an image with {what} needs 'version=v3'")));
+            return Err(Error::invalid(format!(
+                "an image with {what} needs 'version=v3'"
+            )));
         }
         if self.extended && self.cluster_bits < EXTENDED_BITS {
             return Err(Error::invalid(format!(
