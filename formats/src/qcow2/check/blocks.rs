@@ -51,7 +51,8 @@ impl Blocks {
 
     /// Whether a block, if there is one, is where a block can be.
     pub(super) fn is_readable(&self, block: u64) -> bool {
-        self.geometry.is_aligned(self.offset(block))
+        let offset = self.offset(block);
+        self.geometry.is_aligned(offset) && offset <= i64::MAX as u64
     }
 
     /// The reference count of a cluster whose block is readable.

@@ -6,6 +6,8 @@ use crate::qcow2::layout::{Geometry, refcount, set_refcount};
 
 /// Clusters whose counts are kept together.
 const CHUNK: u64 = 4096;
+/// How many ranges past the end of the file are kept.
+const MAX_LOST: usize = 65536;
 
 /// Counts as wide as the image's. Memory is taken for parts of the file that are referred to.
 pub(super) struct Counts {
@@ -13,6 +15,9 @@ pub(super) struct Counts {
     file_bytes: u64,
     clusters: u64,
     chunks: BTreeMap<u64, Vec<u8>>,
+    /// Clusters past the end of the file that are referred to, first and last. They hold nothing, and
+    /// nothing may be put there.
+    lost: BTreeMap<u64, u64>,
 }
 
 impl Counts {
@@ -23,6 +28,7 @@ impl Counts {
             file_bytes,
             clusters: geometry.clusters(file_bytes),
             chunks: BTreeMap::new(),
+            lost: BTreeMap::new(),
         }
     }
 
@@ -41,6 +47,12 @@ impl Counts {
             self.geometry.refcount_order,
             (cluster % CHUNK) as usize,
         )
+    }
+
+    /// Whether more is referred to past the end of the file than can be kept out of the way of what is put
+    /// there.
+    pub(super) fn has_lost_too_much(&self) -> bool {
+        self.lost.len() >= MAX_LOST
     }
 
     /// Sets a count, also of a cluster past the end of the file.
@@ -69,15 +81,19 @@ impl Counts {
         if bytes == 0 {
             return;
         }
+        let bits = self.geometry.cluster_bits;
         let past_end = (offset + bytes).saturating_sub(self.file_bytes);
         if past_end >= self.geometry.cluster_bytes() {
             wrong(format!(
                 "error: {bytes} bytes at offset {offset:#x} are referred to, and the file ends at {:#x}",
                 self.file_bytes
             ));
+            if self.lost.len() < MAX_LOST {
+                let last = self.lost.entry(offset >> bits).or_default();
+                *last = (*last).max((offset + bytes - 1) >> bits);
+            }
             return;
         }
-        let bits = self.geometry.cluster_bits;
         for cluster in offset >> bits..=(offset + bytes - 1) >> bits {
             let count = self.get(cluster);
             if count == self.geometry.max_refcount() {
@@ -106,6 +122,12 @@ impl Counts {
             next += 1;
             if self.get(next - 1) != 0 {
                 first = next;
+            }
+        }
+        // In order of their beginnings: what has been passed is not met again.
+        for (begin, end) in &self.lost {
+            if *begin < first + clusters && first <= *end {
+                first = end + 1;
             }
         }
         first
@@ -194,6 +216,17 @@ mod tests {
         counts.add(5 * 512, 512, &mut |_| wrong += 1);
         counts.add(6 * 512, 8, &mut |_| wrong += 1);
         assert_eq!((wrong, counts.clusters()), (1, 6));
+    }
+
+    #[test]
+    fn what_is_past_the_end_and_referred_to_is_not_free() {
+        let mut counts = Counts::new(geometry(4), 512);
+        counts.set(0, 1);
+        for (first, clusters) in [(20, 5), (3, 4), (3, 1), (8, 2)] {
+            counts.add(first * 512, clusters * 512, &mut |_| ());
+        }
+        let found = [1, 2, 3, 10, 11].map(|clusters| counts.find_free(1, clusters));
+        assert_eq!(found, [1, 1, 10, 10, 25]);
     }
 
     #[test]

@@ -56,6 +56,11 @@ impl Check<'_, '_> {
     /// the header. What the old counts took is free from then on.
     async fn replace_refcounts(&mut self) -> Result<(), Error> {
         let geometry = self.image.geometry;
+        if self.counts.has_lost_too_much() {
+            return Err(corrupt(
+                "too much of what the image refers to lies past the end of its file",
+            ));
+        }
         let new = Counts::new(geometry, self.image.bytes());
         let mut taken = mem::replace(&mut self.counts, new);
         self.count(Repair::Nothing).await?;

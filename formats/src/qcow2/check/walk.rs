@@ -190,9 +190,10 @@ impl Check<'_, '_> {
             EntryKind::Data | EntryKind::ZeroWithPlace => {
                 let offset = word & OFFSET_MASK;
                 if (bitmap >> 32) & bitmap != 0 {
-                    let what = format!("{here} says of a part that it is both data and zero");
-                    self.found_and_clear(walk, index, bitmap, &what).await?;
-                    return Ok(());
+                    // Nobody knows which of both is right, so it stays for whoever does.
+                    self.corrupt(&format!(
+                        "{here} says of a part that it is both data and zero"
+                    ));
                 }
                 if !geometry.is_aligned(offset) {
                     let has_data = match geometry.extended {
@@ -219,8 +220,7 @@ impl Check<'_, '_> {
                 }
             }
             EntryKind::Absent if bitmap & ALL_ALLOCATED != 0 => {
-                let what = format!("{here} has no place, and parts that are there");
-                self.found_and_clear(walk, index, bitmap, &what).await?;
+                self.corrupt(&format!("{here} has no place, and parts that are there"));
             }
             EntryKind::Absent | EntryKind::Zero => {}
         }
