@@ -58,6 +58,11 @@ pub trait Engine {
     /// A call whose future is dropped still runs to its end.
     fn host(&self, call: HostCall) -> LocalBoxFuture<'static, Result<HostReply, Errno>>;
 
+    /// Does work that takes the processor for a while, on another thread. Never waits. Work runs to its
+    /// end, and as much at once as there are processors. It must depend on nothing but what it was given,
+    /// so that a simulation replays.
+    fn offload(&self, work: Work);
+
     /// Reports [`Event::Ready`] whenever `fd` becomes readable (again). The descriptor's contents
     /// are never read here, so it may be a blocking one.
     fn watch(&self, fd: Arc<OwnedFd>) -> WatchId;
@@ -96,6 +101,9 @@ pub trait Engine {
     /// The name by which an operator chooses this engine.
     fn name(&self) -> &'static str;
 }
+
+/// Something for [`Engine::offload`] to do.
+pub type Work = Box<dyn FnOnce() + Send>;
 
 /// A file known to this process: dense, unique while the file is open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
