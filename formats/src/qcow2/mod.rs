@@ -12,9 +12,11 @@
 //! | metadata that nothing may be written over | `overlap` |
 //! | writing metadata back | `committer` |
 //! | making images | `create/` |
+//! | checking and repairing them | `check/` |
 
 mod alloc;
 mod cache;
+pub mod check;
 mod committer;
 mod compress;
 pub mod create;
