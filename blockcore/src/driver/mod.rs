@@ -176,6 +176,7 @@
 //! ```
 
 mod control;
+mod image;
 mod io;
 mod limits;
 
@@ -189,6 +190,7 @@ use futures_util::future::LocalBoxFuture;
 pub use self::control::{
     Activation, BackingName, ChildPermissions, ChildQuery, Driver, ReopenRequest, Reopened,
 };
+pub use self::image::{CheckReport, Fix, Measured, SnapshotInfo, SnapshotRef, SnapshotSpec};
 pub use self::io::{
     CopyFlags, DriverInfo, DriverIo, Mapping, Place, Preallocation, SnapshotIo, Status,
     StatusFlags, TruncateFlags, WriteFlags, ZeroFlags,
@@ -270,6 +272,8 @@ pub struct DriverType {
     pub open: OpenFn,
     /// Makes an image; `None` if the driver has nothing to make.
     pub create: Option<CreateFn>,
+    /// How large an image becomes; `None` if the driver cannot tell.
+    pub measure: Option<MeasureFn>,
 }
 
 /// How much of an image a probe sees.
@@ -283,6 +287,11 @@ pub type OpenFn = fn(OpenRequest) -> LocalBoxFuture<'static, Result<Opened, Erro
 
 /// Makes an image from the driver's creation options; a failed creation leaves nothing behind.
 pub type CreateFn = fn(Rc<IoContext>, Options) -> LocalBoxFuture<'static, Result<(), Error>>;
+
+/// Works out how large an image becomes that is made with these creation options: empty, or with what can
+/// be read there. Without the latter, the options say how long the disk is.
+pub type MeasureFn =
+    fn(Options, Option<Rc<Root>>) -> LocalBoxFuture<'static, Result<Measured, Error>>;
 
 impl DriverType {
     /// What a filter's author starts from: no options, and one child called `file`.
@@ -302,6 +311,7 @@ impl DriverType {
         prefixes: &[],
         open: |_| unreachable!("a driver says how it opens"),
         create: None,
+        measure: None,
     };
 
     /// What a protocol's author starts from: no options and no children.
@@ -380,6 +390,9 @@ pub struct OpenModes {
     pub force_share: bool,
     /// Metadata may be stale and must not be written: another process owns the image for now.
     pub inactive: bool,
+    /// Only to be checked, and perhaps repaired: what is wrong with the image's metadata is for the check
+    /// to say and refuses nothing that it can do without, and there is no backing node.
+    pub check: bool,
 }
 
 /// What becomes of written zeroes.
