@@ -7,7 +7,7 @@ use std::path::Path;
 use blockcore::driver::ZeroFlags;
 use blockcore::engine::sim::Random;
 
-use crate::setup::{Images, Process, assert_clean, contents, qemu};
+use crate::setup::{Images, Process, assert_clean, contents, qemu, qemu_output};
 
 /// Images tried when nothing is said.
 const DEFAULT_SEEDS: u64 = 60;
@@ -225,6 +225,7 @@ fn our_turn(case: &Case, image: &Path, random: &mut Random, model: &mut Vec<u8>)
 }
 
 fn qemus_turn(case: &Case, image: &Path, random: &mut Random, model: &mut [u8]) {
+    compress_by_qemu(case, image, random, model);
     let mut arguments = vec!["-f".to_owned(), "qcow2".into(), "-d".into(), "unmap".into()];
     let mut discarded = false;
     for _ in 0..OPERATIONS {
@@ -249,15 +250,6 @@ fn qemus_turn(case: &Case, image: &Path, random: &mut Random, model: &mut [u8]) 
                 discarded = true;
                 format!("discard {offset} {length}")
             }
-            _ if !case.data_file => {
-                let offset = offset / case.cluster * case.cluster;
-                let length = case.cluster.min(bytes - offset);
-                model[offset as usize..(offset + length) as usize].fill(fill);
-                match length == case.cluster {
-                    true => format!("write -c -P {fill} {offset} {length}"),
-                    false => format!("write -P {fill} {offset} {length}"),
-                }
-            }
             _ => "flush".to_owned(),
         };
         arguments.extend(["-c".to_owned(), command]);
@@ -268,5 +260,23 @@ fn qemus_turn(case: &Case, image: &Path, random: &mut Random, model: &mut [u8]) 
     if discarded {
         // What a discarded range holds is QEMU's to say.
         model.copy_from_slice(&contents(image));
+    }
+}
+
+/// One compressed cluster; QEMU does not write one where there is a plain one.
+fn compress_by_qemu(case: &Case, image: &Path, random: &mut Random, model: &mut [u8]) {
+    let (offset, _) = range(case, random, model.len() as u64);
+    let offset = offset / case.cluster * case.cluster;
+    let Some(cluster) = model.get_mut(offset as usize..(offset + case.cluster) as usize) else {
+        return;
+    };
+    let fill = random.below(255) as Fill + 1;
+    let command = format!("write -c -P {fill} {offset} {}", case.cluster);
+    let image = image.to_str().unwrap();
+    if qemu_output("qemu-io", &["-f", "qcow2", "-c", &command, image])
+        .status
+        .success()
+    {
+        cluster.fill(fill);
     }
 }

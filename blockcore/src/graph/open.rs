@@ -487,6 +487,7 @@ impl Change {
             file,
             find_bitmap: self.control().find_bitmap(),
             throttle_groups: self.control().throttle_groups().clone(),
+            runtime_directory: self.control().runtime_directory(),
         })
         .await?;
         let notices = Arc::clone(&self.control().notices);

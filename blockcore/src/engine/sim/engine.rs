@@ -596,6 +596,7 @@ impl State {
     fn begin_call(&mut self, call: HostCall, waiter: Rc<CallWaiter>) {
         let description = match &call {
             HostCall::Open(..)
+            | HostCall::OpenSegment { .. }
             | HostCall::Remove(_)
             | HostCall::Canonical(_)
             | HostCall::Rename(..)
