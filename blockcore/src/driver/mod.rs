@@ -269,6 +269,8 @@ pub struct DriverType {
     pub open: OpenFn,
     /// Makes an image; `None` if the driver has nothing to make.
     pub create: Option<CreateFn>,
+    /// What [`create`](Self::create) takes, children excepted.
+    pub create_options: &'static [OptionSpec],
 }
 
 /// How much of an image a probe sees.
@@ -301,6 +303,7 @@ impl DriverType {
         prefixes: &[],
         open: |_| unreachable!("a driver says how it opens"),
         create: None,
+        create_options: &[],
     };
 
     /// What a protocol's author starts from: no options and no children.
