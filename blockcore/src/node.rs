@@ -10,6 +10,7 @@ use crate::graph::NodeId;
 use crate::io::flush::Generation;
 use crate::io::status::StatusCache;
 use crate::io::tracked::Tracker;
+use crate::io::uses::Servers;
 use crate::mailbox::Mailbox;
 
 /// Something that a worker tells the control thread, without waiting for it.
@@ -58,6 +59,7 @@ pub struct NodeState {
     notices: Arc<Mailbox<Notice>>,
     pub(crate) tracker: Tracker,
     pub(crate) generation: Generation,
+    pub(crate) servers: Servers,
     pub(crate) status_cache: StatusCache,
 }
 
@@ -80,6 +82,7 @@ impl NodeState {
             notices,
             tracker: Tracker::default(),
             generation: Generation::default(),
+            servers: Servers::default(),
             status_cache: StatusCache::default(),
         })
     }

@@ -6,7 +6,10 @@
 pub mod file;
 pub mod null;
 pub mod probe;
+pub mod qcow2;
 pub mod raw;
+mod rounds;
+mod sync;
 
 use blockcore::driver::DriverType;
 

@@ -61,6 +61,16 @@ pub trait DriverIo: Send + Sync {
         Mapping::Ask
     }
 
+    /// Whether where bytes live in a child that holds data ([`Role::DATA`]) may change while requests are
+    /// under way, so that nothing but [`Io::wait_unused`] says when the old place is free. Then the path
+    /// without a task records what [`map`](Self::map) answers, for as long as its request is under way,
+    /// and the driver records ([`Io::using`]) what it resolves itself. Fixed while this half lives.
+    ///
+    /// [`Role::DATA`]: super::Role::DATA
+    fn moves_data(&self) -> bool {
+        false
+    }
+
     /// The unit in which requests to the children come when those to the node come in multiples of
     /// `unit` (a power of two).
     fn child_unit(&self, unit: u32) -> u32 {
@@ -192,7 +202,9 @@ pub trait DriverIo: Send + Sync {
     }
 
     /// Where a range to be copied lies below, for copying by the host: as [`map`](Self::map), and may
-    /// wait. With `write` space is made for what is going to be there.
+    /// wait. With `write` space is made for what is going to be there. Where the driver
+    /// [moves data](Self::moves_data), its answer is what it resolved last, with no wait after it: the
+    /// caller records the use, which for a copy's source is open while space for its target is made.
     fn copy_place<'a>(
         &'a self,
         io: Io<'a>,

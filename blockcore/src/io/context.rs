@@ -24,6 +24,7 @@ use crate::executor::Executor;
 use crate::graph::RootId;
 use crate::io::Root;
 use crate::io::buffer::Segments;
+use crate::io::uses::Uses;
 use crate::mailbox::Mailbox;
 
 /// How much memory the bounce buffers of one worker may have. A guest decides how many requests it has
@@ -51,6 +52,7 @@ pub struct IoContext {
     this: Weak<Self>,
     handle: ContextHandle,
     roots: RefCell<BTreeMap<RootId, Rc<Root>>>,
+    uses: Uses,
     /// The engine's clock at the beginning of this turn.
     turn_time: Cell<Duration>,
 }
@@ -104,6 +106,7 @@ impl IoContext {
                 ended: Arc::default(),
             },
             roots: RefCell::default(),
+            uses: Uses::default(),
             turn_time: Cell::new(engine.now()),
             engine,
         })
@@ -130,6 +133,11 @@ impl IoContext {
 
     pub(crate) fn remove_root(&self, id: RootId) {
         self.roots.borrow_mut().remove(&id);
+    }
+
+    /// Which bytes requests on this worker use.
+    pub(super) fn uses(&self) -> &Uses {
+        &self.uses
     }
 
     /// The engine's clock as it was when this turn began, or the sleep before it ended.
@@ -264,6 +272,7 @@ impl IoContext {
         self.executor.abandon();
         // Roots have the context.
         drop(self.roots.take());
+        self.uses.abandon();
     }
 
     /// Whether a task or a post waits to run.

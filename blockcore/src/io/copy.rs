@@ -9,6 +9,7 @@ use smallvec::SmallVec;
 use super::layer::Changes;
 use super::root::Request;
 use super::tracked::Tracked;
+use super::uses::Using;
 use super::{Io, align};
 use crate::IoError;
 use crate::driver::{CopyFlags, Mapping, ZeroFlags};
@@ -16,7 +17,7 @@ use crate::engine::{Errno, FileId, HostCall, HostReply, OpenFile};
 use std::sync::Arc;
 
 /// What is held while a range is copied, for each layer.
-type Held<'a> = SmallVec<[(Option<Tracked<'a>>, Option<Changes<'a>>); 4]>;
+type Held<'a> = SmallVec<[(Option<Tracked<'a>>, Option<Changes<'a>>, Option<Using<'a>>); 4]>;
 
 /// Where a range lies.
 struct Place<'a> {
@@ -110,10 +111,14 @@ impl<'a> Io<'a> {
                 false => layer.try_track(offset, bytes, false)?,
             };
             let marks = write.then(|| layer.changes(offset, bytes));
-            held.push((turn, marks));
+            held.push((turn, marks, None));
             let node = layer.node();
             match node.io.copy_place(layer, write, offset, bytes).await? {
                 Mapping::Child { index, offset: to } => {
+                    if node.may_move(index) {
+                        let last = held.last_mut().expect("just pushed");
+                        last.2 = Some(layer.using(index, to, bytes));
+                    }
                     layer = layer.child(index);
                     offset = to;
                 }

@@ -7,6 +7,8 @@
 //! Zeroing and discarding are in `zero`, flushing in `flush`, lengths in `length`, status in `status`,
 //! copying by the host in `copy`.
 
+use std::future::Future;
+use std::ops::Range;
 use std::sync::Arc;
 
 use futures_util::FutureExt;
@@ -16,6 +18,7 @@ use super::context::BounceRoom;
 use super::plan::PlanNode;
 use super::root::Request;
 use super::tracked::Tracked;
+use super::uses::Using;
 use super::{BOUNCE_BYTES, IoContext, IoFuture, Modes, align};
 use crate::IoError;
 use crate::driver::{DetectZeroes, DriverKind, Limits, Role, SnapshotIo, WriteFlags, ZeroFlags};
@@ -83,6 +86,35 @@ impl<'a> Io<'a> {
             request: self.request.fork(),
             index: self.index,
         }
+    }
+
+    /// Records that bytes of the child at `index` are used, until what is returned is dropped. For drivers
+    /// that [move data](crate::driver::DriverIo::moves_data): with no wait since they resolved, and until
+    /// the operation on these bytes has ended.
+    ///
+    /// # Cancellation
+    ///
+    /// An operation goes on when the future that waits for it is dropped; its use must not end with it.
+    /// Requests are not dropped half way: see [`drain`](crate::drain), which rests on that, too.
+    pub fn using(self, index: usize, offset: u64, bytes: u64) -> Using<'a> {
+        let uses = self.request.root().context().uses();
+        Using::new(uses, self.state().id(), index, offset, bytes)
+    }
+
+    /// Resolves when every use of bytes in one of `ranges` of the child at `index` has ended that was
+    /// recorded before this call: on every worker, by every request that reaches this node, however it
+    /// came. Uses that begin later do not matter: the caller has changed the mapping before, and they
+    /// resolve to something else. Ranges come in any order.
+    ///
+    /// Asks at once, whether or not the future is polled. Whoever waits has no overlapping use open that
+    /// ends only after it.
+    pub fn wait_unused(
+        self,
+        index: usize,
+        ranges: Arc<[Range<u64>]>,
+    ) -> impl Future<Output = ()> + use<> {
+        let state = self.state();
+        state.servers.wait_unused(state.id(), index, ranges)
     }
 
     /// This node's limits.

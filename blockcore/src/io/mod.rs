@@ -37,6 +37,7 @@ pub mod policy;
 mod root;
 pub(crate) mod status;
 pub mod tracked;
+pub(crate) mod uses;
 mod zero;
 
 use futures_util::future::LocalBoxFuture;
@@ -47,6 +48,7 @@ pub use self::layer::{Fork, Io};
 pub use self::plan::{Modes, Plan};
 pub(crate) use self::plan::{PlanChild, PlanNode};
 pub use self::root::{InFlight, Request, RequestKind, Root};
+pub use self::uses::Using;
 use crate::IoError;
 
 /// Bounce buffers and zero buffers are at most this large; longer requests are cut.

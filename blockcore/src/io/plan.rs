@@ -13,6 +13,7 @@ use super::{HeaderGuard, IoContext};
 use crate::dirty_bitmap::Bits;
 use crate::driver::{DetectZeroes, DriverIo, DriverKind, Limits, Mapping, Role, SnapshotIo};
 use crate::engine::FileId;
+use crate::graph::NodeId;
 use crate::graph::permission::Permissions;
 use crate::io::buffer::Segments;
 use crate::node::NodeState;
@@ -76,6 +77,24 @@ struct Fast {
     reads: bool,
     /// No layer has to see each write.
     writes: bool,
+    /// Some layer may change where bytes live while requests are under way.
+    moves_data: bool,
+}
+
+/// Where in a child a request's bytes live that its node may move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Movable {
+    pub(super) node: NodeId,
+    pub(super) child: usize,
+    pub(super) offset: u64,
+}
+
+impl PlanNode {
+    /// Whether the driver may give bytes of the child at `index` to others while requests use them.
+    pub(super) fn may_move(&self, index: usize) -> bool {
+        let child = self.children.get(index).and_then(Option::as_ref);
+        self.io.moves_data() && child.is_some_and(|child| child.role.contains(Role::DATA))
+    }
 }
 
 impl Plan {
@@ -103,6 +122,7 @@ impl Plan {
                 && !nodes[0].modes.read_only
                 && nodes[0].granted.contains(Permissions::WRITE)
                 && nodes.iter().all(writes),
+            moves_data: nodes.iter().any(|node| node.io.moves_data()),
         };
         Arc::new(Self { nodes, fast })
     }
@@ -167,6 +187,13 @@ impl Plan {
         files.map(|file| file.syncs()).sum()
     }
 
+    /// Whether some layer may change where bytes live while requests are under way, so that
+    /// [`fast_movable`](Self::fast_movable) has to be asked.
+    #[inline]
+    pub(super) fn moves_data(&self) -> bool {
+        self.fast.moves_data
+    }
+
     /// Where in a file a request's bytes live, if it may go there without a task.
     #[inline]
     pub(super) fn fast(
@@ -174,6 +201,43 @@ impl Plan {
         write: bool,
         offset: u64,
         segments: &Segments,
+    ) -> Option<(FileId, u64)> {
+        self.fast_through(write, offset, segments, |_, _, _| true)
+    }
+
+    /// As [`fast`](Self::fast), with what has to be recorded before the request goes there. There is room
+    /// for one record: a request that passes two layers which move data takes a task.
+    pub(super) fn fast_movable(
+        &self,
+        write: bool,
+        offset: u64,
+        segments: &Segments,
+    ) -> Option<((FileId, u64), Option<Movable>)> {
+        let mut movable = None;
+        let place = self.fast_through(write, offset, segments, |node, child, offset| {
+            if !node.may_move(child) {
+                return true;
+            }
+            let node = node.state.id();
+            let first = Movable {
+                node,
+                child,
+                offset,
+            };
+            movable.replace(first).is_none()
+        })?;
+        Some((place, movable))
+    }
+
+    /// As [`fast`](Self::fast), where `pass` says of every child on the way (its parent, its index there
+    /// and the offset in it) whether the request may go on.
+    #[inline]
+    fn fast_through(
+        &self,
+        write: bool,
+        offset: u64,
+        segments: &Segments,
+        pass: impl FnMut(&PlanNode, usize, u64) -> bool,
     ) -> Option<(FileId, u64)> {
         let fast = &self.fast;
         let (bytes, length) = (segments.bytes(), self.bytes());
@@ -184,13 +248,19 @@ impl Plan {
         if !allowed || !fits || !aligned || bytes == 0 {
             return None;
         }
-        let (file, offset) = self.map(write, offset, bytes)?;
+        let (file, offset) = self.map(write, offset, bytes, pass)?;
         // A layer may have shifted the range off the alignment of those below.
         (offset & (fast.alignment - 1) == 0).then_some((file, offset))
     }
 
     /// Where the bytes of a request live, if every layer knows at once.
-    fn map(&self, write: bool, mut offset: u64, bytes: u64) -> Option<(FileId, u64)> {
+    fn map(
+        &self,
+        write: bool,
+        mut offset: u64,
+        bytes: u64,
+        mut pass: impl FnMut(&PlanNode, usize, u64) -> bool,
+    ) -> Option<(FileId, u64)> {
         let mut node = &self.nodes[0];
         loop {
             if write {
@@ -198,6 +268,9 @@ impl Plan {
             }
             match node.io.map(write, offset, bytes) {
                 Mapping::Child { index, offset: to } => {
+                    if !pass(node, index, to) {
+                        return None;
+                    }
                     node = &self.nodes[node.children.get(index)?.as_ref()?.index];
                     offset = to;
                 }
@@ -229,6 +302,7 @@ impl LocalPlan {
                 context.engine().attach(file);
             }
             node.state.generation.register(&changes);
+            node.state.servers.register(context.handle());
         }
         Rc::new(Self {
             plan,
@@ -258,6 +332,7 @@ impl Drop for LocalPlan {
     fn drop(&mut self) {
         for node in &self.plan.nodes {
             node.state.generation.retire(&self.changes);
+            node.state.servers.retire(self.context.handle());
             for file in node.io.files() {
                 self.context.engine().detach(file.id());
             }

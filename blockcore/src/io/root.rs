@@ -21,11 +21,12 @@ use event_listener::Event;
 use futures_channel::oneshot;
 
 use super::buffer::Segments;
-use super::plan::{LocalPlan, Plan};
+use super::plan::{LocalPlan, Movable, Plan};
+use super::uses::UseId;
 use super::{Io, IoContext, Modes};
 use crate::IoError;
 use crate::driver::{Limits, Preallocation, Status, TruncateFlags, WriteFlags, ZeroFlags};
-use crate::engine::{Notify, Op};
+use crate::engine::{FileId, Notify, Op};
 use crate::fault::{self, Fault};
 use crate::graph::RootId;
 
@@ -215,6 +216,7 @@ impl Root {
             plan: Rc::clone(&self.plan.borrow()),
             root: Rc::clone(self),
             slot,
+            in_use: Cell::new(None),
         })
     }
 
@@ -356,6 +358,8 @@ pub struct Request {
     root: Rc<Root>,
     plan: Rc<LocalPlan>,
     slot: u32,
+    /// What the operation that was started without a task uses, where a layer might move it.
+    in_use: Cell<Option<UseId>>,
 }
 
 impl Request {
@@ -368,8 +372,9 @@ impl Request {
         &self.plan.plan
     }
 
-    /// The root's node with the pipeline around it.
+    /// The root's node with the pipeline around it. What was started without a task has ended before.
     pub fn io(&self) -> Io<'_> {
+        self.end_use();
         Io::root(self)
     }
 
@@ -382,6 +387,7 @@ impl Request {
             slot: requests.add(this),
             root: Rc::clone(&self.root),
             plan: Rc::clone(&self.plan),
+            in_use: Cell::new(None),
         }
     }
 
@@ -396,19 +402,56 @@ impl Request {
         self.changed();
     }
 
+    /// Where an operation without a task goes, recorded as used if a layer might move it.
+    #[inline]
+    fn place(&self, write: bool, offset: u64, segments: &Segments) -> Option<(FileId, u64)> {
+        if !self.plan.may_be_fast() {
+            return None;
+        }
+        if self.plan().moves_data() {
+            return self.movable_place(write, offset, segments);
+        }
+        self.plan().fast(write, offset, segments)
+    }
+
+    fn movable_place(
+        &self,
+        write: bool,
+        offset: u64,
+        segments: &Segments,
+    ) -> Option<(FileId, u64)> {
+        let (place, movable) = self.plan().fast_movable(write, offset, segments)?;
+        self.end_use();
+        if let Some(Movable {
+            node,
+            child,
+            offset,
+        }) = movable
+        {
+            let uses = self.root.context.uses();
+            let id = uses.begin(node, child, offset, segments.bytes());
+            self.in_use.set(Some(id));
+        }
+        Some(place)
+    }
+
+    #[inline]
+    fn end_use(&self) {
+        if let Some(id) = self.in_use.take() {
+            self.root.context.uses().end(id);
+        }
+    }
+
     /// Starts a read as one operation, completed in [`crate::engine::Engine::poll`] under `token`
-    /// with the host's result, which may be short. The request must be kept until then.
+    /// with the host's result, which may be short. The request must be kept until then, and starts one
+    /// operation at a time.
     ///
     /// # Errors
     ///
     /// Gives the segments back if the request needs [`read`](Self::read).
     #[inline]
     pub fn start_read(&self, offset: u64, into: Segments, token: u64) -> Result<(), Segments> {
-        let place = match self.plan.may_be_fast() {
-            true => self.plan().fast(false, offset, &into),
-            false => None,
-        };
-        let Some((file, offset)) = place else {
+        let Some((file, offset)) = self.place(false, offset, &into) else {
             return Err(into);
         };
         let op = Op::Read {
@@ -427,11 +470,7 @@ impl Request {
     /// Gives the segments back if the request needs [`write`](Self::write).
     #[inline]
     pub fn start_write(&self, offset: u64, from: Segments, token: u64) -> Result<(), Segments> {
-        let place = match self.plan.may_be_fast() {
-            true => self.plan().fast(true, offset, &from),
-            false => None,
-        };
-        let Some((file, offset)) = place else {
+        let Some((file, offset)) = self.place(true, offset, &from) else {
             return Err(from);
         };
         let op = Op::Write {
@@ -530,6 +569,7 @@ impl Request {
 
 impl Drop for Request {
     fn drop(&mut self) {
+        self.end_use();
         let slots = self.root.requests.borrow();
         let changes = slots.slots[self.slot as usize].is_some_and(|live| live.kind.changes());
         drop(slots);

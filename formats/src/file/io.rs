@@ -16,8 +16,8 @@ use blockcore::io::buffer::Segments;
 use blockcore::io::{Io, IoFuture, align};
 use futures_util::FutureExt;
 
+use crate::rounds::Rounds;
 use super::open::{Description, Way};
-use super::sync::SyncGroup;
 
 /// How often a call that the host puts off (`EAGAIN`) is tried again, a millisecond apart.
 const MAX_PUT_OFF: u32 = 10_000;
@@ -30,7 +30,10 @@ pub(super) struct FileIo {
     request_alignment: u64,
     /// The node's, whichever half it has.
     bytes: Arc<AtomicU64>,
-    syncs: SyncGroup,
+    /// One sync at a time: Linux reports a failed write-back once per open file description, so of two at
+    /// the same time one gets the error, and the other may succeed although what it should have covered is
+    /// lost.
+    syncs: Rounds,
     /// Cleared when the host says that it cannot, so that it is asked once.
     can_zero_range: AtomicBool,
     can_punch: AtomicBool,
@@ -45,7 +48,7 @@ impl FileIo {
             device: description.is_device(),
             request_alignment: u64::from(description.limits().request_alignment),
             bytes,
-            syncs: SyncGroup::default(),
+            syncs: Rounds::default(),
             can_zero_range: AtomicBool::new(true),
             can_punch: AtomicBool::new(true),
         }
@@ -92,7 +95,7 @@ impl FileIo {
         }
     }
 
-    /// Asks the host for one sync; [`SyncGroup`] sees to it that there is one at a time.
+    /// Asks the host for one sync; [`Rounds`] sees to it that there is one at a time.
     ///
     /// # Cancellation
     ///

@@ -16,7 +16,6 @@ mod length;
 mod lock;
 mod open;
 mod status;
-mod sync;
 
 use blockcore::driver::DriverType;
 use blockcore::filename::strip_prefix;

@@ -1,9 +1,7 @@
-//! One sync of a file at a time, and one for all who wait.
+//! [`Rounds`]: something that is done one at a time, and once for all who wait.
 //!
-//! Linux reports a failed write-back once per open file description: of two syncs at the same time one
-//! gets the error, and the other may succeed although what it should have covered is lost. So workers
-//! that share a description take turns. Who comes while a sync runs waits for the next, which then
-//! serves everybody who has come; a sync that began earlier may not have seen their writes.
+//! Who comes while a round runs waits for the next, which then serves everybody who has come: one that
+//! began earlier may not have seen what they did.
 //!
 //! Threads: any worker. The lock is held over a look at the counts, never over a wait.
 
@@ -12,14 +10,14 @@ use std::sync::{Mutex, MutexGuard};
 use blockcore::IoError;
 use event_listener::Event;
 
-/// The syncs of one open file.
+/// See the module's header.
 #[derive(Default)]
-pub(super) struct SyncGroup {
-    rounds: Mutex<Rounds>,
+pub(crate) struct Rounds {
+    state: Mutex<State>,
     ended: Event,
 }
 
-struct Rounds {
+struct State {
     begun: u64,
     /// Equal to `begun`, or one less while a round runs.
     ended: u64,
@@ -27,7 +25,7 @@ struct Rounds {
     outcome: Result<(), IoError>,
 }
 
-impl Default for Rounds {
+impl Default for State {
     fn default() -> Self {
         Self {
             begun: 0,
@@ -37,59 +35,59 @@ impl Default for Rounds {
     }
 }
 
-impl SyncGroup {
+impl Rounds {
     /// Waits for a round that began after this call, and gives its outcome or that of a later one. If
-    /// none runs, this call's `sync` is the round.
+    /// none runs, this call's `round` is the one.
     ///
     /// # Cancellation
     ///
-    /// Dropped while its own `sync` runs, the round has failed for all who wait for it.
-    pub(super) async fn join(
+    /// Dropped while its own `round` runs, that has failed for all who wait for it.
+    pub(crate) async fn join(
         &self,
-        sync: impl Future<Output = Result<(), IoError>>,
+        round: impl Future<Output = Result<(), IoError>>,
     ) -> Result<(), IoError> {
         let mine = self.lock().begun + 1;
         loop {
             let ended = self.ended.listen();
             {
-                let mut rounds = self.lock();
-                if rounds.ended >= mine {
-                    return rounds.outcome;
+                let mut state = self.lock();
+                if state.ended >= mine {
+                    return state.outcome;
                 }
-                if rounds.begun == rounds.ended {
-                    rounds.begun += 1;
+                if state.begun == state.ended {
+                    state.begun += 1;
                     break;
                 }
             }
             ended.await;
         }
-        let mut round = Round {
-            group: self,
+        let mut running = Round {
+            rounds: self,
             outcome: Err(IoError::Failed),
         };
-        round.outcome = sync.await;
-        round.outcome
+        running.outcome = round.await;
+        running.outcome
     }
 
-    fn lock(&self) -> MutexGuard<'_, Rounds> {
-        self.rounds.lock().expect("no panic while counting")
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no panic while counting")
     }
 }
 
 /// A round that runs; dropping it ends it.
 struct Round<'a> {
-    group: &'a SyncGroup,
+    rounds: &'a Rounds,
     outcome: Result<(), IoError>,
 }
 
 impl Drop for Round<'_> {
     fn drop(&mut self) {
         {
-            let mut rounds = self.group.lock();
-            rounds.ended = rounds.begun;
-            rounds.outcome = self.outcome;
+            let mut state = self.rounds.lock();
+            state.ended = state.begun;
+            state.outcome = self.outcome;
         }
-        self.group.ended.notify(usize::MAX);
+        self.rounds.ended.notify(usize::MAX);
     }
 }
 
@@ -104,17 +102,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_comes_while_a_sync_runs_shares_the_next_one() {
-        let (group, syncs) = (SyncGroup::default(), Cell::new(0));
+    fn who_comes_while_a_round_runs_shares_the_next_one() {
+        let (rounds, count) = (Rounds::default(), Cell::new(0));
         let (end, running) = oneshot::channel::<()>();
-        let mut first = pin!(group.join(async {
+        let mut first = pin!(rounds.join(async {
             let _ = running.await;
             Ok(())
         }));
         assert_eq!(first.as_mut().now_or_never(), None);
         let next = || {
-            group.join(async {
-                syncs.set(syncs.get() + 1);
+            rounds.join(async {
+                count.set(count.get() + 1);
                 Err(IoError::NoSpace)
             })
         };
@@ -125,17 +123,17 @@ mod tests {
         assert_eq!(first.now_or_never(), Some(Ok(())));
         assert_eq!(second.now_or_never(), Some(Err(IoError::NoSpace)));
         assert_eq!(third.now_or_never(), Some(Err(IoError::NoSpace)));
-        assert_eq!(syncs.get(), 1);
+        assert_eq!(count.get(), 1);
     }
 
     #[test]
-    fn a_sync_that_is_dropped_has_failed_and_the_next_can_run() {
-        let group = SyncGroup::default();
-        let mut dropped = Box::pin(group.join(std::future::pending()));
+    fn a_round_that_is_dropped_has_failed_and_the_next_can_run() {
+        let rounds = Rounds::default();
+        let mut dropped = Box::pin(rounds.join(std::future::pending()));
         assert_eq!(dropped.as_mut().now_or_never(), None);
         drop(dropped);
-        assert_eq!(group.lock().outcome, Err(IoError::Failed));
-        let next = group.join(async { Ok(()) });
+        assert_eq!(rounds.lock().outcome, Err(IoError::Failed));
+        let next = rounds.join(async { Ok(()) });
         assert_eq!(next.now_or_never(), Some(Ok(())));
     }
 }
