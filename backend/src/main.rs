@@ -29,7 +29,10 @@ fn main() -> ExitCode {
     let matches = Cli::command().try_get_matches_from(&arguments);
     let matches = matches.unwrap_or_else(|error| usage(&error, &arguments));
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| usage(&error, &arguments));
-    log();
+    log(match cli.command {
+        Command::Img(_) => "warn",
+        _ => "info",
+    });
     raise_descriptor_limit();
     let result = match cli.command {
         Command::Serve(args) => run_serve(&args),
@@ -74,9 +77,9 @@ fn usage(error: &clap::Error, arguments: &[String]) -> ! {
 }
 
 /// Logs to standard error; `STONEWORK_LOG` chooses what, as in `warn` or `backend::worker=debug`.
-fn log() {
+fn log(default: &str) {
     let filter =
-        EnvFilter::try_from_env("STONEWORK_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+        EnvFilter::try_from_env("STONEWORK_LOG").unwrap_or_else(|_| EnvFilter::new(default));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

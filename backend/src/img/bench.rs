@@ -87,7 +87,9 @@ impl BenchArgs {
         match self.aio {
             Some(Aio::Threads) => EngineChoice::Threads,
             Some(Aio::Uring) => EngineChoice::Uring,
-            Some(Aio::Native) | None => EngineChoice::Auto,
+            Some(Aio::Native) => EngineChoice::Auto,
+            None if self.native => EngineChoice::Auto,
+            None => EngineChoice::Threads,
         }
     }
 }
@@ -154,8 +156,8 @@ pub(super) async fn run(program: Rc<Program>, args: BenchArgs) -> Result<u8, Fai
             bench.step_bytes,
         ))?;
         if let Some(interval) = args.flush_interval.filter(|interval| *interval > 0) {
-            let drain = if args.no_drain { "" } else { "draining " };
-            program.say(format!("Sending {drain}flush every {interval} requests"))?;
+            let how = if args.no_drain { "enqueued " } else { "" };
+            program.say(format!("Sending {how}flush every {interval} requests"))?;
         }
     }
     let context = Rc::clone(program.control.context());

@@ -3,17 +3,19 @@
 use std::path::Path;
 use std::rc::Rc;
 
-use blockcore::driver::{DriverKind, DriverType, Preallocation, Role};
+use blockcore::driver::{CreateOnFn, DriverKind, DriverType, NewChild, Preallocation, Role};
 use blockcore::filename::full_backing_name;
-use blockcore::options::{OptionKind, OptionSpec, Options};
+use blockcore::options::{OptionKind, OptionSpec, Options, parse_size};
 use blockcore::{Error, ErrorKind};
 use clap::Args;
 
 use super::cli::{ObjectArgs, parse_bytes};
-use super::open::{How, Probing};
+use super::open::How;
 use super::walk::SECTOR_BYTES;
 use super::{Failure, Program};
-use crate::cli::CacheMode;
+
+/// The child that holds an image's data where the image itself does not.
+pub(super) const DATA_FILE: &str = "data-file";
 
 /// `stonework img create`.
 #[derive(Args, Debug)]
@@ -40,7 +42,8 @@ pub struct CreateArgs {
     #[command(flatten)]
     pub objects: ObjectArgs,
     /// The image to make; a file that exists is overwritten
-    pub filename: String,
+    #[arg(required_unless_present = "options")]
+    pub filename: Option<String>,
     /// Its length in bytes; with a backing image that of it by default
     #[arg(value_parser = parse_bytes)]
     pub size: Option<u64>,
@@ -55,6 +58,8 @@ pub(super) struct Creation {
     pub(super) options: Options,
     pub(super) bytes: u64,
     pub(super) backing: Option<NewBacking>,
+    /// An external data file, relative to the image.
+    pub(super) data_file: Option<String>,
 }
 
 /// The backing image that a new image is to name.
@@ -72,7 +77,11 @@ pub(super) async fn run(program: Rc<Program>, args: CreateArgs) -> Result<u8, Fa
         program.list_options(format)?;
         return Ok(0);
     }
+    let Some(filename) = args.filename else {
+        return Err(Error::invalid("the image to make is not named").into());
+    };
     let mut options = program.creation_options(format, &args.options)?;
+    let data_file = options.take(DATA_FILE);
     let size = options.take("size");
     let said = size.map(|text| parse_bytes(&text).map_err(Error::invalid));
     let size = args
@@ -80,11 +89,11 @@ pub(super) async fn run(program: Rc<Program>, args: CreateArgs) -> Result<u8, Fa
         .map_or_else(|| said.transpose(), |size| Ok(Some(size)))?;
     let backing = take_backing(&mut options, args.backing, args.backing_format)?;
     if let Some(backing) = &backing {
-        check_backing(format, &args.filename, backing)?;
+        check_backing(format, &filename, backing)?;
     }
     let bytes = match (&backing, args.backing_unsafe) {
         (Some(backing), false) => {
-            let bytes = backing_bytes(&program, &args.filename, backing).await?;
+            let bytes = backing_bytes(&program, &filename, backing).await?;
             Some(size.unwrap_or(bytes))
         }
         _ => size,
@@ -92,16 +101,17 @@ pub(super) async fn run(program: Rc<Program>, args: CreateArgs) -> Result<u8, Fa
     let Some(bytes) = bytes else {
         return Err(Error::invalid(format!(
             "'{}' needs a size: say it after the name, such as 10G",
-            args.filename
+            filename
         ))
         .into());
     };
     let creation = Creation {
-        name: args.filename,
+        name: filename,
         format,
         options,
         bytes,
         backing,
+        data_file,
     };
     if !args.quiet {
         program.say(creation.announcement())?;
@@ -122,8 +132,8 @@ pub(super) fn take_backing(
     backing: Option<String>,
     format: Option<String>,
 ) -> Result<Option<NewBacking>, Error> {
-    let name = backing.or(options.take("backing_file"));
-    let format = format.or(options.take("backing_fmt"));
+    let name = backing.or(take(options, "backing_file"));
+    let format = format.or(take(options, "backing_fmt"));
     match name.filter(|name| !name.is_empty()) {
         Some(name) => Ok(Some(NewBacking { name, format })),
         None if format.is_some() => Err(Error::invalid(
@@ -131,6 +141,13 @@ pub(super) fn take_backing(
         )),
         None => Ok(None),
     }
+}
+
+/// Takes out an option, however its table writes it.
+fn take(options: &mut Options, name: &str) -> Option<String> {
+    let found = options.iter().find(|(key, _)| is_same(key, name));
+    let key = found?.0.to_owned();
+    options.take(&key)
 }
 
 /// Refuses what is wrong with a backing image before anything is made.
@@ -166,13 +183,10 @@ async fn backing_bytes(program: &Program, name: &str, backing: &NewBacking) -> R
     };
     let how = How {
         format: Some(format.clone()),
-        image_opts: false,
-        probing: Probing::Refused("-F"),
         write: false,
-        resize: false,
-        cache: CacheMode::Writeback,
         force_share: true,
         backing: true,
+        ..How::creating()
     };
     let context = |error: Error| {
         let message = format!("cannot open backing image '{full}': {}", error.report());
@@ -190,7 +204,8 @@ impl Creation {
         let mut said = vec![format!("fmt={}", self.format.name)];
         let mut size = Some(format!("size={}", self.bytes));
         for spec in self.format.create_options {
-            let value = match (spec.name, &self.backing) {
+            let shown = shown(spec.name);
+            let value = match (&*shown, &self.backing) {
                 ("size", _) => {
                     said.extend(size.take());
                     continue;
@@ -198,11 +213,17 @@ impl Creation {
                 ("filename", _) => continue,
                 ("backing_file", Some(backing)) => Some(backing.name.as_str()),
                 ("backing_fmt", Some(backing)) => backing.format.as_deref(),
-                (name, _) => self.options.get(name).or(spec.default),
+                _ => self.options.get(spec.name).or(spec.default),
             };
-            if let Some(value) = value.filter(|value| !value.is_empty()) {
-                said.push(format!("{}={value}", spec.name));
+            let Some(value) = value.filter(|value| !value.is_empty()) else {
+                continue;
+            };
+            let value = match spec.kind {
+                OptionKind::Size => parse_size(value).map(|bytes| bytes.to_string()),
+                _ => None,
             }
+            .unwrap_or_else(|| value.to_owned());
+            said.push(format!("{shown}={value}"));
         }
         if let Some(size) = size {
             said.push(size);
@@ -220,13 +241,28 @@ pub(super) fn is_plain(format: &DriverType) -> bool {
     let plain = Options::default();
     match format.kind {
         DriverKind::Protocol => true,
-        _ => format.create.is_none() && format.child_role(&plain, 0).contains(Role::FILTERED),
+        _ => format.create_on.is_none() && format.child_role(&plain, 0).contains(Role::FILTERED),
     }
 }
 
 fn find<'s>(table: &'s [OptionSpec], key: &str) -> Option<&'s OptionSpec> {
-    let same = |name: &str| name.replace('-', "_") == key.replace('-', "_");
-    table.iter().find(|spec| same(spec.name))
+    // One option is called otherwise here than in the control protocol, whose names tables have.
+    let key = if key == "compat" { "version" } else { key };
+    table.iter().find(|spec| is_same(spec.name, key))
+}
+
+/// Whether two names are of one option: `qemu-img` writes them with underscores, the control protocol
+/// with hyphens.
+fn is_same(one: &str, other: &str) -> bool {
+    one.replace('-', "_") == other.replace('-', "_")
+}
+
+/// An option's name as `qemu-img` writes it.
+fn shown(name: &str) -> String {
+    match name {
+        "version" => "compat".to_owned(),
+        name => name.replace('-', "_"),
+    }
 }
 
 impl Program {
@@ -237,7 +273,7 @@ impl Program {
     /// That there is none.
     pub(super) fn creatable(&self, name: &str) -> Result<&'static DriverType, Error> {
         let format = self.format(name)?;
-        match format.create.is_some() || is_plain(format) {
+        match format.create_on.is_some() || is_plain(format) {
             true => Ok(format),
             false => Err(Error::unsupported(format!(
                 "images of format '{name}' cannot be made by this version of stonework"
@@ -263,6 +299,10 @@ impl Program {
         let mut options = Options::default();
         for text in texts {
             for (key, value) in Options::parse(text, None)?.iter() {
+                if is_same(key, DATA_FILE) && format.children.iter().any(|c| c.name == DATA_FILE) {
+                    options.set_value(DATA_FILE, value.clone());
+                    continue;
+                }
                 let spec = find(format.create_options, key)
                     .or_else(|| find(self.file_table(), key))
                     .filter(|spec| spec.name != "filename");
@@ -293,7 +333,7 @@ impl Program {
                 OptionKind::Size => "size".to_owned(),
                 OptionKind::Choice(words) => words.join("|"),
             };
-            let option = format!("{}=<{kind}>", spec.name);
+            let option = format!("{}=<{kind}>", shown(spec.name));
             let default = match spec.default.filter(|text| !text.is_empty()) {
                 Some(default) => format!(" (default: {default})"),
                 None => String::new(),
@@ -310,25 +350,88 @@ impl Program {
     /// What the host or the format said; a new file is gone again, one that was there is emptied.
     pub(super) async fn create(&self, creation: &Creation) -> Result<(), Error> {
         let below = self.protocol_options(&creation.name)?;
+        let bytes = creation.bytes.next_multiple_of(SECTOR_BYTES);
         let format = creation.format;
-        let Some(create) = format.create.filter(|_| !is_plain(format)) else {
-            let bytes = creation.bytes.next_multiple_of(SECTOR_BYTES);
-            return self
-                .make_file(&creation.name, below, bytes, &creation.options)
-                .await;
+        let Some(create_on) = format.create_on.filter(|_| !is_plain(format)) else {
+            let made = self.make_file(&creation.name, below, bytes, &creation.options);
+            return made.await.map(drop);
         };
         let (of_file, mut options) = self.split(format, &creation.options);
-        self.make_file(&creation.name, below.clone(), 0, &of_file)
-            .await?;
-        options.set("size", creation.bytes.to_string());
+        let mut set = |name: &str, value: &str| {
+            if let Some(spec) = find(format.create_options, name) {
+                options.set(spec.name, value);
+            }
+        };
+        set("size", &bytes.to_string());
         if let Some(backing) = &creation.backing {
-            options.set("backing_file", &*backing.name);
-            if let Some(format) = &backing.format {
-                options.set("backing_fmt", &**format);
+            set("backing_file", &backing.name);
+            set("backing_fmt", backing.format.as_deref().unwrap_or(""));
+        }
+        let mut made = Vec::new();
+        let created = self.create_on(creation, create_on, (below, of_file), options, &mut made);
+        let created = created.await;
+        if created.is_err() {
+            // Nobody else can know these files yet.
+            for path in made {
+                if let Err(error) = std::fs::remove_file(&path) {
+                    tracing::warn!(path, %error, "cannot remove it again");
+                }
             }
         }
-        options.set_nested("file", below);
-        create(Rc::clone(self.control.context()), options).await
+        created
+    }
+
+    /// Makes the files of an image and the image in them. `made` gets the paths of those that were not
+    /// there.
+    async fn create_on(
+        &self,
+        creation: &Creation,
+        create_on: CreateOnFn,
+        (below, of_file): (Options, Options),
+        options: Options,
+        made: &mut Vec<String>,
+    ) -> Result<(), Error> {
+        let mut names = vec![None; creation.format.children.len()];
+        names[0] = Some((creation.name.clone(), creation.name.clone()));
+        if let Some(data_file) = &creation.data_file {
+            let full = full_backing_name(&creation.name, data_file)?;
+            let mut specs = creation.format.children.iter();
+            let place = specs.position(|spec| spec.name == DATA_FILE);
+            if let (Some(place), Some(full)) = (place, full) {
+                names[place] = Some((full, data_file.clone()));
+            }
+        }
+        let mut images = Vec::new();
+        for (place, name) in names.into_iter().enumerate() {
+            let Some((path, name)) = name else {
+                images.push(None);
+                continue;
+            };
+            let (below, options) = match place {
+                0 => (below.clone(), of_file.clone()),
+                _ => (self.protocol_options(&path)?, Options::default()),
+            };
+            made.extend(self.make_file(&path, below.clone(), 0, &options).await?);
+            let driver = below.get("driver").unwrap_or("");
+            let how = How {
+                format: Some(driver.to_owned()),
+                resize: true,
+                ..How::creating()
+            };
+            images.push(Some((self.open(&path, &how).await?, name)));
+        }
+        let children = images.iter().map(|image| {
+            let (image, name) = image.as_ref()?;
+            Some(NewChild {
+                root: Rc::clone(&image.root),
+                name: name.clone(),
+            })
+        });
+        let created = create_on(children.collect(), options).await;
+        for (image, _) in images.into_iter().flatten() {
+            image.close().await?;
+        }
+        created
     }
 
     /// Which options are the file's, and which the format's.
@@ -343,31 +446,26 @@ impl Program {
         (of_file, of_format)
     }
 
-    /// Makes a file of so many bytes, or empties and extends the one that is there.
+    /// Makes a file of so many bytes, or empties and extends the one that is there; says what was made.
     async fn make_file(
         &self,
         name: &str,
         below: Options,
         bytes: u64,
         options: &Options,
-    ) -> Result<(), Error> {
+    ) -> Result<Option<String>, Error> {
         let kind = self.kind(below.get("driver").unwrap_or(""))?;
         let path = below.get("filename").unwrap_or("").to_owned();
         if let Some(create) = kind.create.filter(|_| !Path::new(&path).exists()) {
             let mut options = options.clone();
-            options.set("filename", path);
+            options.set("filename", &*path);
             options.set("size", bytes.to_string());
-            return create(Rc::clone(self.control.context()), options).await;
+            create(Rc::clone(self.control.context()), options).await?;
+            return Ok(Some(path));
         }
         let how = How {
             format: Some(kind.name.to_owned()),
-            image_opts: false,
-            probing: Probing::Refused("-f"),
-            write: true,
-            resize: false,
-            cache: CacheMode::Writeback,
-            force_share: false,
-            backing: false,
+            ..How::creating()
         };
         let image = self.open(name, &how).await?;
         if kind.create.is_none() {
@@ -375,7 +473,7 @@ impl Program {
             let there = image.bytes();
             image.close().await?;
             return match there >= bytes {
-                true => Ok(()),
+                true => Ok(None),
                 false => Err(Error::new(
                     ErrorKind::NoSpace,
                     format!("'{name}' has only {there} bytes, and {bytes} are needed"),
@@ -383,14 +481,14 @@ impl Program {
             };
         }
         let node = image.look(|node| node.name().to_owned());
-        let wanted = options.get("preallocation").unwrap_or("off");
-        let preallocation = preallocation(wanted)?;
+        let preallocation = preallocation(options.get("preallocation").unwrap_or("off"))?;
         self.control.resize(&node, 0, Preallocation::Off).await?;
         if bytes > 0 {
             self.control.resize(&node, bytes, preallocation).await?;
         }
         image.flush().await?;
-        image.close().await
+        image.close().await?;
+        Ok(None)
     }
 }
 

@@ -126,6 +126,7 @@ pub(super) async fn run(program: Rc<Program>, args: DdArgs) -> Result<u8, Failur
         options: Options::default(),
         bytes,
         backing: None,
+        data_file: None,
     };
     program.create(&creation).await?;
     let how = How {

@@ -99,7 +99,9 @@ pub fn run(
     };
     let choice = match &args.verb {
         Verb::Bench(args) => args.engine(),
-        _ => EngineChoice::Auto,
+        // A ring's files, and with them the images' locks, are let go some time after the process has
+        // ended; whoever opens the image next would have to wait for that.
+        _ => EngineChoice::Threads,
     };
     let engine = match make(choice) {
         Ok(engine) => engine,

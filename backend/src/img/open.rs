@@ -57,6 +57,20 @@ impl How {
         })
     }
 
+    /// For making an image, in a format that has to be added.
+    pub(super) fn creating() -> Self {
+        Self {
+            format: None,
+            image_opts: false,
+            probing: Probing::Refused("-f"),
+            write: true,
+            resize: false,
+            cache: CacheMode::Writeback,
+            force_share: false,
+            backing: false,
+        }
+    }
+
     /// For writing.
     pub(super) fn writing(format: &FormatArgs) -> Result<Self, Error> {
         Ok(Self {

@@ -269,7 +269,9 @@ pub struct DriverType {
     pub open: OpenFn,
     /// Makes an image; `None` if the driver has nothing to make.
     pub create: Option<CreateFn>,
-    /// What [`create`](Self::create) takes, children excepted.
+    /// Makes an image on nodes that there are, in place of what they hold; `None` if the driver cannot.
+    pub create_on: Option<CreateOnFn>,
+    /// What [`create`](Self::create) and [`create_on`](Self::create_on) take, children excepted.
     pub create_options: &'static [OptionSpec],
 }
 
@@ -284,6 +286,20 @@ pub type OpenFn = fn(OpenRequest) -> LocalBoxFuture<'static, Result<Opened, Erro
 
 /// Makes an image from the driver's creation options; a failed creation leaves nothing behind.
 pub type CreateFn = fn(Rc<IoContext>, Options) -> LocalBoxFuture<'static, Result<(), Error>>;
+
+/// Makes an image on its children, given in the order of the driver's type, from the driver's creation
+/// options. Of a failed creation no image is left.
+pub type CreateOnFn =
+    fn(Vec<Option<NewChild>>, Options) -> LocalBoxFuture<'static, Result<(), Error>>;
+
+/// A node on which an image is made.
+#[derive(Clone)]
+pub struct NewChild {
+    /// Reads, writes and resizes it.
+    pub root: Rc<Root>,
+    /// How the image is to call it, where it has to: relative to the image's own place.
+    pub name: String,
+}
 
 impl DriverType {
     /// What a filter's author starts from: no options, and one child called `file`.
@@ -303,6 +319,7 @@ impl DriverType {
         prefixes: &[],
         open: |_| unreachable!("a driver says how it opens"),
         create: None,
+        create_on: None,
         create_options: &[],
     };
 

@@ -16,8 +16,8 @@ use blockcore::io::buffer::Segments;
 use blockcore::io::{Io, IoFuture, align};
 use futures_util::FutureExt;
 
-use crate::rounds::Rounds;
 use super::open::{Description, Way};
+use crate::rounds::Rounds;
 
 /// How often a call that the host puts off (`EAGAIN`) is tried again, a millisecond apart.
 const MAX_PUT_OFF: u32 = 10_000;

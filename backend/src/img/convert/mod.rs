@@ -9,7 +9,7 @@ use clap::Args;
 
 use self::copy::{Copy, Plan, Zeroes};
 use super::cli::{FormatArgs, ObjectArgs, parse_bytes, parse_cache};
-use super::create::{Creation, check_backing, take_backing, wants_help};
+use super::create::{Creation, DATA_FILE, check_backing, take_backing, wants_help};
 use super::open::{How, Image, Probing};
 use super::progress::Progress;
 use super::walk::SECTOR_BYTES;
@@ -110,7 +110,7 @@ pub struct ConvertArgs {
     #[command(flatten)]
     pub objects: ObjectArgs,
     /// The images to copy, one after the other, and the new one
-    #[arg(value_name = "IMAGE", required = true, num_args = 1..)]
+    #[arg(value_name = "IMAGE", required_unless_present = "target_options")]
     pub filenames: Vec<String>,
 }
 
@@ -142,6 +142,7 @@ pub(super) async fn run(program: Rc<Program>, mut args: ConvertArgs) -> Result<u
     let mut options = program.creation_options(format, &args.target_options)?;
     // Said or not, it is as long as what is copied.
     options.take("size");
+    let data_file = options.take(DATA_FILE);
     let backing = take_backing(
         &mut options,
         args.backing.take(),
@@ -170,6 +171,7 @@ pub(super) async fn run(program: Rc<Program>, mut args: ConvertArgs) -> Result<u
             options,
             bytes,
             backing,
+            data_file,
         };
         program.create(&creation).await?;
     }
