@@ -190,9 +190,11 @@ impl Daemon {
         let context = IoContext::new(engine::make(process.engine)?);
         let calls = Mailbox::new(Arc::clone(context.engine().sleeper()));
         let notices = Mailbox::new(Arc::clone(context.engine().sleeper()));
+        let control = Control::new(Graph::new(drivers), context);
+        control.set_runtime_directory(process.runtime_directory.clone());
         Ok(Rc::new(Self {
             process,
-            control: Control::new(Graph::new(drivers), context),
+            control,
             calls,
             notices,
             ended: Arc::default(),
@@ -385,7 +387,7 @@ impl Daemon {
             call(self);
         }
         for notice in self.control.take_notices() {
-            tracing::info!(?notice, "a worker has something to say");
+            tell(&notice);
             busy = true;
         }
         let mut held = Vec::new();
@@ -458,6 +460,25 @@ impl Daemon {
                 format!("what export '{id}' wrote last may not be on the disk: {error}"),
             )
         })
+    }
+}
+
+/// Tells whoever reads the log what happens to a node.
+fn tell(notice: &blockcore::node::Notice) {
+    use blockcore::node::Notice;
+    match notice {
+        // By the name and the fields that QEMU's event has.
+        Notice::Corrupt {
+            node,
+            message,
+            offset,
+            bytes,
+            fatal,
+        } => tracing::error!(
+            %node, msg = message, offset, size = bytes, fatal,
+            "BLOCK_IMAGE_CORRUPTED: an image contradicts its format"
+        ),
+        notice => tracing::info!(?notice, "a worker has something to say"),
     }
 }
 

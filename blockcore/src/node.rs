@@ -3,7 +3,7 @@
 //! Threads: any. Everything here is an atomic, or behind a lock that is held for a look. On the path of
 //! a request whose plan asks for nothing it is read, and written only when something is exceeded.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::graph::NodeId;
@@ -56,12 +56,18 @@ pub struct NodeState {
     /// nobody.
     watermark: AtomicU64,
     watched: Mutex<Watched>,
+    /// What has been told of corruption: one of the values below.
+    told_corruption: AtomicU8,
     notices: Arc<Mailbox<Notice>>,
     pub(crate) tracker: Tracker,
     pub(crate) generation: Generation,
     pub(crate) servers: Servers,
     pub(crate) status_cache: StatusCache,
 }
+
+const TOLD_NOTHING: u8 = 0;
+const TOLD_CORRUPT: u8 = 1;
+const TOLD_FATAL: u8 = 2;
 
 #[derive(Default)]
 struct Watched {
@@ -79,6 +85,7 @@ impl NodeState {
             said_bytes: AtomicU64::new(0),
             watermark: AtomicU64::new(0),
             watched: Mutex::default(),
+            told_corruption: AtomicU8::new(TOLD_NOTHING),
             notices,
             tracker: Tracker::default(),
             generation: Generation::default(),
@@ -166,6 +173,37 @@ impl NodeState {
         self.notices.post(notice);
     }
 
+    /// Has the control thread told that the image contradicts its format, at `offset` and for `bytes` bytes
+    /// where that is known. Of a node that is told once, and once more if the node can be used no more
+    /// (`fatal`): a broken image is found broken by every request.
+    ///
+    /// Returns whether it is told.
+    pub fn report_corruption(
+        &self,
+        message: impl Into<String>,
+        offset: Option<u64>,
+        bytes: Option<u64>,
+        fatal: bool,
+    ) -> bool {
+        let news = if fatal { TOLD_FATAL } else { TOLD_CORRUPT };
+        if self.told_corruption.fetch_max(news, Ordering::Relaxed) >= news {
+            return false;
+        }
+        self.notify(Notice::Corrupt {
+            node: Arc::clone(&self.name),
+            message: message.into(),
+            offset,
+            bytes,
+            fatal,
+        });
+        true
+    }
+
+    /// The image has been repaired: what is found from now on is told anew.
+    pub fn forget_corruption(&self) {
+        self.told_corruption.store(TOLD_NOTHING, Ordering::Relaxed);
+    }
+
     fn set_watermark(&self, watched: &Watched) {
         let threshold = watched.threshold.unwrap_or(u64::MAX);
         let mark = watched.highest.min(threshold);
@@ -210,5 +248,35 @@ mod tests {
         state.set_write_threshold(Some(512));
         state.wrote_to(1024);
         assert_eq!((told(), state.highest_write()), (1, 12288));
+    }
+
+    #[test]
+    fn corruption_is_told_once_and_once_more_when_it_becomes_fatal() {
+        let notices = Mailbox::new(Sleeper::new(Box::new(Nobody)));
+        let state = NodeState::new(NodeId::default(), "disk".into(), Arc::clone(&notices));
+        let told = || {
+            let mut told = Vec::new();
+            notices.take(&mut told);
+            told
+        };
+        let notice = |message: &str, offset, bytes, fatal| Notice::Corrupt {
+            node: "disk".into(),
+            message: message.into(),
+            offset,
+            bytes,
+            fatal,
+        };
+        assert!(state.report_corruption("a table is not aligned", Some(512), None, false));
+        assert!(!state.report_corruption("another one", Some(1024), None, false));
+        let first = notice("a table is not aligned", Some(512), None, false);
+        assert_eq!(told(), [first]);
+        assert!(state.report_corruption("data over metadata", Some(0), Some(4096), true));
+        assert!(!state.report_corruption("data over metadata", Some(0), Some(4096), true));
+        assert!(!state.report_corruption("a third one", None, None, false));
+        let second = notice("data over metadata", Some(0), Some(4096), true);
+        assert_eq!(told(), [second]);
+        state.forget_corruption();
+        assert!(state.report_corruption("a table is not aligned", None, None, false));
+        assert_eq!(told().len(), 1);
     }
 }

@@ -19,6 +19,7 @@ pub fn drivers() -> Vec<&'static DriverType> {
         &file::FILE,
         &file::HOST_DEVICE,
         &raw::RAW,
+        &qcow2::QCOW2,
         &null::NULL_CO,
         &null::NULL_AIO,
     ];

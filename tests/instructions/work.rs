@@ -199,6 +199,10 @@ impl Engine for AtOnce {
         self.below.host(call)
     }
 
+    fn offload(&self, work: engine::Work) {
+        self.below.offload(work);
+    }
+
     fn watch(&self, fd: Arc<OwnedFd>) -> WatchId {
         self.below.watch(fd)
     }

@@ -131,6 +131,22 @@ pub trait Driver {
         None
     }
 
+    /// The children that the image itself names, by their index among those of the driver's type; the
+    /// backing image excepted. Asked once the driver has opened, which it does without them: those that the
+    /// options do not give are opened then, and attached. Their names are paths, never a protocol or
+    /// options, relative to the image: an operator who looks at an image for its backing image sees what
+    /// that is, and does not look for these.
+    fn named_children(&self) -> Vec<(usize, BackingName)> {
+        Vec::new()
+    }
+
+    /// What the child at `index` is to this node, where that depends on the image; `None`: what its type
+    /// and options say. Asked once the driver has opened, and when its children change.
+    fn child_role(&self, index: usize) -> Option<Role> {
+        let _ = index;
+        None
+    }
+
     /// Rewrites what the header says, and nothing else: no node is attached or detached.
     ///
     /// # Errors
@@ -258,7 +274,7 @@ pub trait Driver {
 /// What [`Driver::activate`] gives: another I/O half where the image turned out different.
 pub type Activation = Result<Option<Arc<dyn DriverIo>>, Error>;
 
-/// What an image says of its backing image.
+/// What an image says of its backing image, or of another that it names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BackingName {
     /// As it stands there: relative to the image itself unless absolute or with a protocol.

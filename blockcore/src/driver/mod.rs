@@ -179,6 +179,7 @@ mod control;
 mod io;
 mod limits;
 
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -369,6 +370,9 @@ pub struct OpenRequest {
     pub find_bitmap: FindBitmap,
     /// Where throttle groups are found.
     pub throttle_groups: Groups,
+    /// Where memory that is to outlive this process is kept
+    /// ([`HostCall::OpenSegment`](crate::engine::HostCall::OpenSegment)); `None`: nowhere.
+    pub runtime_directory: Option<PathBuf>,
 }
 
 /// Finds what a dirty bitmap has marked, by the names of its node and its own. Fails with

@@ -3,7 +3,10 @@
 //! One pool per process. Threads are started as work waits, up to a limit, and end after a while
 //! without work. Past the limit work queues in order.
 //!
-//! Threads: [`run`] from any; it never waits.
+//! Work that takes the processor ([`compute`]) has a limit of its own, as many as there are processors, so
+//! that it leaves threads for what waits.
+//!
+//! Threads: [`run`] and [`compute`] from any; they never wait.
 
 #![expect(
     clippy::disallowed_methods,
@@ -11,15 +14,15 @@
 )]
 
 use std::collections::VecDeque;
-use std::sync::{Condvar, Mutex};
+use std::sync::{Condvar, LazyLock, Mutex, MutexGuard};
 use std::time::Duration;
+
+use super::Work;
 
 /// As many blocking calls at once as QEMU's thread pool allows.
 const MAX_THREADS: usize = 64;
 /// How long a thread waits for work before it ends.
 const IDLE: Duration = Duration::from_secs(10);
-
-type Work = Box<dyn FnOnce() + Send>;
 
 struct Pool {
     state: Mutex<State>,
@@ -31,20 +34,30 @@ struct State {
     queue: VecDeque<Work>,
     idle: usize,
     threads: usize,
+    /// How many threads compute.
+    computing: usize,
+    /// What is to be computed when one of them is done.
+    computations: VecDeque<Work>,
 }
+
+/// How many computations run at once.
+static PROCESSORS: LazyLock<usize> =
+    LazyLock::new(|| std::thread::available_parallelism().map_or(1, usize::from));
 
 static POOL: Pool = Pool {
     state: Mutex::new(State {
         queue: VecDeque::new(),
         idle: 0,
         threads: 0,
+        computing: 0,
+        computations: VecDeque::new(),
     }),
     posted: Condvar::new(),
 };
 
 /// Runs `work` on some thread of the pool.
 pub(crate) fn run(work: Work) {
-    let mut state = POOL.state.lock().expect("work runs outside the lock");
+    let mut state = lock();
     state.queue.push_back(work);
     if state.queue.len() <= state.idle {
         drop(state);
@@ -65,13 +78,45 @@ pub(crate) fn run(work: Work) {
     }
 }
 
+/// Runs work that takes the processor on some thread of the pool.
+pub(crate) fn compute(work: Work) {
+    let mut state = lock();
+    if state.computing >= *PROCESSORS {
+        state.computations.push_back(work);
+        return;
+    }
+    state.computing += 1;
+    drop(state);
+    run(Box::new(|| {
+        let mut next = Some(work);
+        while let Some(work) = next {
+            work();
+            next = next_computation();
+        }
+    }));
+}
+
+/// What the calling thread computes next; `None`: it is free for others.
+fn next_computation() -> Option<Work> {
+    let mut state = lock();
+    let next = state.computations.pop_front();
+    if next.is_none() {
+        state.computing -= 1;
+    }
+    next
+}
+
+fn lock() -> MutexGuard<'static, State> {
+    POOL.state.lock().expect("work runs outside the lock")
+}
+
 fn worker() {
-    let mut state = POOL.state.lock().expect("work runs outside the lock");
+    let mut state = lock();
     loop {
         if let Some(work) = state.queue.pop_front() {
             drop(state);
             work();
-            state = POOL.state.lock().expect("work runs outside the lock");
+            state = lock();
             continue;
         }
         state.idle += 1;

@@ -306,3 +306,36 @@ fn a_detached_file_closes_when_its_own_operations_are_over() {
         assert_eq!(run(&*engine, sync).0, Ok(0));
     }
 }
+
+#[test]
+fn offloaded_work_runs_on_other_threads_and_no_more_at_once_than_there_are_processors() {
+    use std::sync::atomic::AtomicUsize;
+
+    let most = std::thread::available_parallelism().map_or(1, usize::from);
+    for engine in engines() {
+        let context = crate::io::IoContext::new(engine);
+        let here = std::thread::current().id();
+        let (running, peak) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        let works: Vec<_> = (0..3 * most + 1)
+            .map(|number| {
+                let (running, peak) = (Arc::clone(&running), Arc::clone(&peak));
+                context.offload(move || {
+                    let now = running.fetch_add(1, Ordering::SeqCst) + 1;
+                    peak.fetch_max(now, Ordering::SeqCst);
+                    std::thread::sleep(Duration::from_millis(5));
+                    running.fetch_sub(1, Ordering::SeqCst);
+                    (number, std::thread::current().id())
+                })
+            })
+            .collect();
+        let results = context.block_on(futures_util::future::join_all(works));
+        assert!(
+            results
+                .iter()
+                .enumerate()
+                .all(|(index, (number, _))| *number == index)
+        );
+        assert!(results.iter().all(|(_, thread)| *thread != here));
+        assert!(peak.load(Ordering::SeqCst) <= most, "{peak:?} of {most}");
+    }
+}

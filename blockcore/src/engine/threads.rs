@@ -23,7 +23,7 @@ use rustix::event::{EventfdFlags, Timespec, eventfd};
 
 use super::{
     Engine, Errno, Event, FileId, HostCall, HostReply, Notify, Op, OpResult, OpenFile, WatchId,
-    clock, host, pool,
+    Work, clock, host, pool,
 };
 use crate::io::buffer::{Segment, Segments};
 use crate::mailbox::{Mailbox, Sleeper, Wake};
@@ -290,6 +290,10 @@ impl Engine for Threads {
 
     fn host(&self, call: HostCall) -> LocalBoxFuture<'static, Result<HostReply, Errno>> {
         host_on_pool(call)
+    }
+
+    fn offload(&self, work: Work) {
+        pool::compute(work);
     }
 
     fn watch(&self, fd: Arc<OwnedFd>) -> WatchId {

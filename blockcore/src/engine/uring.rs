@@ -29,7 +29,7 @@ use super::inline::Guard;
 use super::threads::{Files, WakeFd, host_on_pool};
 use super::{
     Engine, Errno, Event, FileId, HostCall, HostReply, Notify, Op, OpResult, OpenFile, WatchId,
-    clock, host,
+    Work, clock, host, pool,
 };
 use crate::io::buffer::Segments;
 use crate::mailbox::Sleeper;
@@ -424,6 +424,10 @@ impl Engine for Uring {
 
     fn host(&self, call: HostCall) -> LocalBoxFuture<'static, Result<HostReply, Errno>> {
         host_on_pool(call)
+    }
+
+    fn offload(&self, work: Work) {
+        pool::compute(work);
     }
 
     fn watch(&self, fd: Arc<OwnedFd>) -> WatchId {

@@ -128,7 +128,7 @@ impl State {
         })
     }
 
-    fn node<'a>(&'a self, graph: &'a Graph, id: NodeId) -> Option<&'a Node> {
+    pub(super) fn node<'a>(&'a self, graph: &'a Graph, id: NodeId) -> Option<&'a Node> {
         self.nodes.get(&id).or_else(|| graph.nodes.get(&id))
     }
 }
@@ -305,12 +305,10 @@ impl Change {
                 kind.name
             )));
         };
-        let role = self
+        let options = self
             .control
-            .read(|graph| match self.state().node(graph, node) {
-                Some(node) => kind.child_role(&node.options, index),
-                None => spec.role,
-            });
+            .read(|graph| Some(self.state().node(graph, node)?.options.clone()));
+        let role = options.map_or(spec.role, |options| self.child_role(node, &options, index));
         let before = self.state().shape.vertex(node).children[index];
         let old = before.map(|edge| self.state().shape.edge(edge).child);
         match (before, child) {

@@ -114,18 +114,28 @@ fn described(view: &View<'_>, id: NodeId) -> Described {
         .filter_map(|(index, spec)| {
             let is_backing = spec.role.contains(Role::COW);
             match view.shape.child(id, index) {
-                Some(edge) => Some((spec.name, is_backing, Some(described(view, edge.child)))),
+                Some(edge) => {
+                    let child = described(view, edge.child);
+                    let from_image = match is_backing {
+                        true => !overridden,
+                        false => node.named_opened.get(&index) == Some(&child.name()),
+                    };
+                    Some((spec.name, from_image, Some(child)))
+                }
                 // Said only where the image asks for one.
-                None => (is_backing && node.backing.is_some()).then_some((spec.name, true, None)),
+                None => {
+                    let is_cut = is_backing && node.backing.is_some();
+                    is_cut.then_some((spec.name, !overridden, None))
+                }
             }
         })
         .collect();
     let parts: Vec<_> = children
         .iter()
-        .map(|(name, is_backing, node)| ChildPart {
+        .map(|(name, from_image, node)| ChildPart {
             name,
             node: node.as_ref(),
-            from_image: *is_backing && !overridden,
+            from_image: *from_image,
         })
         .collect();
     let source = match (&node.exact_name, vertex.kind.kind) {
@@ -274,7 +284,65 @@ impl Change {
                 kind.name
             )));
         };
-        let role = kind.children[index].role;
+        let opened = self.open_from_image(id, index, modes, options).await;
+        let opened = opened.map_err(context)?;
+        let node = self.state_mut().nodes.get_mut(&id);
+        node.expect("just opened").backing_opened = Some(opened);
+        Ok(())
+    }
+
+    /// Opens the children that a node's image names, and attaches them. Those that the options `said`
+    /// something of are left alone.
+    pub(super) async fn open_named_children(
+        &mut self,
+        id: NodeId,
+        modes: OpenModes,
+        said: &[bool],
+    ) -> Result<(), Error> {
+        let named = self.driver_of(id).take().named_children();
+        for (index, named) in named {
+            let vertex = self.state().shape.vertex(id);
+            let (name, child) = (Arc::clone(&vertex.name), vertex.kind.children[index].name);
+            let context = |error: Error| {
+                Error::new(
+                    error.kind(),
+                    format!(
+                        "cannot open '{}', which the image of node '{name}' names as its '{child}': {}",
+                        named.name,
+                        error.report()
+                    ),
+                )
+            };
+            if vertex.children[index].is_some() {
+                continue;
+            }
+            if said[index] {
+                return Err(Error::invalid(format!(
+                    "node '{name}' cannot do without its child '{child}': its image has a part there"
+                )));
+            }
+            let options = self.named_options(id, &named).map_err(context)?;
+            let opened = self.open_from_image(id, index, modes, options).await;
+            let opened = opened.map_err(context)?;
+            let node = self.state_mut().nodes.get_mut(&id).expect("just opened");
+            node.named_opened.insert(index, opened);
+        }
+        Ok(())
+    }
+
+    /// Opens a child because the image of a node asks for it, and attaches it; returns its name.
+    async fn open_from_image(
+        &mut self,
+        id: NodeId,
+        index: usize,
+        modes: OpenModes,
+        options: Options,
+    ) -> Result<String, Error> {
+        let parent = self.control().read(|graph| {
+            let node = self.state().node(graph, id);
+            node.expect("just opened").options.clone()
+        });
+        let role = self.child_role(id, &parent, index);
         self.chain_depth += 1;
         let opened = match self.chain_depth <= MAX_CHAIN {
             true => {
@@ -286,13 +354,31 @@ impl Change {
             ))),
         };
         self.chain_depth -= 1;
-        let child = opened.map_err(context)?;
+        let child = opened?;
         self.add_child(id, index, role, child)?;
-        self.prepare_permissions().await.map_err(context)?;
-        let opened = self.described(child).name();
-        let node = self.state_mut().nodes.get_mut(&id);
-        node.expect("just opened").backing_opened = Some(opened);
-        Ok(())
+        self.prepare_permissions().await?;
+        Ok(self.described(child).name())
+    }
+
+    /// The options of an image that another one names, and not as its backing image. The name is a path
+    /// whatever it looks like; without a format, or with `raw`, it is the file itself.
+    fn named_options(&self, id: NodeId, named: &BackingName) -> Result<Options, Error> {
+        let place = self
+            .control()
+            .read(|graph| self.state().with_view(graph, |view| place(view, id)))?;
+        let path = filename::combine(&place, &named.name)?;
+        let plain = filename::of_path(&path);
+        let plain = plain.ok_or_else(|| Error::invalid("its header gives it an empty name"))?;
+        let below = self.control().read(|graph| graph.options_of_name(&plain))?;
+        let format = named.format.as_deref().filter(|format| *format != "raw");
+        let Some(format) = format else {
+            return Ok(below);
+        };
+        let kind = self.control().read(|graph| graph.driver_type(format))?;
+        let mut options = Options::default();
+        options.set("driver", kind.name);
+        options.set_nested("file", below);
+        Ok(options)
     }
 
     /// The options of the backing image that a header names.

@@ -1,6 +1,7 @@
 //! [`Node`]: a node of the graph as the control thread has it.
 
 use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::ops::{Deref, DerefMut};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -29,6 +30,8 @@ pub struct Node {
     /// The file name of the backing node that was opened because the header said so: to see whether the
     /// one there is now is another.
     pub(super) backing_opened: Option<String>,
+    /// As that, of the other children that its image names, by their index.
+    pub(super) named_opened: BTreeMap<usize, String>,
     pub(super) bitmaps: BitmapSet,
 }
 

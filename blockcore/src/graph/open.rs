@@ -305,12 +305,17 @@ impl Change {
             let kind = self.control().read(|graph| graph.driver_type(&driver))?;
             let name = self.name_for(&mut options)?;
             let modes = modes_of(&options, inherited, &name)?;
-            let backing_is_said = kind.children.iter().any(|spec| {
-                let nested = format!("{}.", spec.name);
-                let mut keys = options.iter().map(|(key, _)| key);
-                spec.role.contains(Role::COW)
-                    && keys.any(|key| key == spec.name || key.starts_with(&nested))
-            });
+            let said: Vec<_> = kind
+                .children
+                .iter()
+                .map(|spec| {
+                    let nested = format!("{}.", spec.name);
+                    let mut keys = options.iter().map(|(key, _)| key);
+                    keys.any(|key| key == spec.name || key.starts_with(&nested))
+                })
+                .collect();
+            let mut specs = kind.children.iter().zip(&said);
+            let backing_is_said = specs.any(|(spec, said)| *said && spec.role.contains(Role::COW));
             let children = self
                 .open_children(kind, &name, &mut options, modes, file.clone())
                 .await?;
@@ -320,7 +325,12 @@ impl Change {
             // Others are kept out before the driver looks at what its children hold.
             self.prepare_permissions().await?;
             let file = file.filter(|_| kind.kind == DriverKind::Protocol);
-            self.open_driver(id, kind, options, modes, file).await?;
+            self.open_driver(id, kind, options.clone(), modes, file)
+                .await?;
+            if self.update_roles(id, &options) {
+                self.prepare_permissions().await?;
+            }
+            self.open_named_children(id, modes, &said).await?;
             let backing = self.state().nodes[&id].backing.clone();
             if let Some(backing) = backing.filter(|_| !backing_is_said) {
                 self.open_backing(id, modes, backing).await?;
@@ -416,6 +426,30 @@ impl Change {
         Ok(id)
     }
 
+    /// What the child at `index` of a node with these options is to it: for a driver that has opened to
+    /// say, first of all.
+    pub(super) fn child_role(&self, id: NodeId, options: &Options, index: usize) -> Role {
+        let by_image = self.control().read(|graph| {
+            let node = self.state().node(graph, id)?;
+            node.driver.take().child_role(index)
+        });
+        let kind = self.state().shape.vertex(id).kind;
+        by_image.unwrap_or_else(|| kind.child_role(options, index))
+    }
+
+    /// Works out anew what children are to a node; returns whether that has changed.
+    pub(super) fn update_roles(&mut self, id: NodeId, options: &Options) -> bool {
+        let edges = self.state().shape.vertex(id).children.clone();
+        let mut changed = false;
+        for (index, edge) in edges.into_iter().enumerate() {
+            let Some(edge) = edge else { continue };
+            let role = self.child_role(id, options, index);
+            let edge = self.state_mut().shape.edge_mut(edge);
+            changed |= std::mem::replace(&mut edge.role, role) != role;
+        }
+        changed
+    }
+
     /// The children of a node as its driver sees them.
     pub(super) fn open_children_of(&self, id: NodeId) -> Vec<Option<OpenChild>> {
         let shape = &self.state().shape;
@@ -453,6 +487,7 @@ impl Change {
             file,
             find_bitmap: self.control().find_bitmap(),
             throttle_groups: self.control().throttle_groups().clone(),
+            runtime_directory: self.control().runtime_directory(),
         })
         .await?;
         let notices = Arc::clone(&self.control().notices);
@@ -463,6 +498,7 @@ impl Change {
             exact_name: opened.driver.exact_name(),
             backing: opened.driver.backing(),
             backing_opened: None,
+            named_opened: BTreeMap::new(),
             driver: DriverCell::new(opened.driver),
             io: opened.io,
             state: NodeState::new(id, Arc::clone(&name), notices),

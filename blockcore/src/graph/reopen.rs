@@ -137,7 +137,7 @@ impl Change {
                             spec.name
                         )));
                     }
-                    let role = vertex.kind.child_role(&options, index);
+                    let role = self.child_role(node, &options, index);
                     self.enqueue(child, inline, Inherited::new(modes, role), queue)?;
                 }
                 Some(ChildOption::Node(wanted)) => {
@@ -250,17 +250,6 @@ impl Change {
                 .clone()
         });
         driver.take().stop_writing(root).await
-    }
-
-    /// What children are to a node may depend on its options.
-    fn update_roles(&mut self, id: NodeId, options: &Options) {
-        let shape = &mut self.state_mut().shape;
-        let vertex = shape.vertex(id).clone();
-        for (index, edge) in vertex.children.iter().enumerate() {
-            if let Some(edge) = edge {
-                shape.edge_mut(*edge).role = vertex.kind.child_role(options, index);
-            }
-        }
     }
 
     async fn reopen_driver(&mut self, entry: Entry) -> Result<(), Error> {

@@ -18,6 +18,7 @@ use std::task::{Poll, Waker};
 use std::time::Duration;
 
 use event_listener::Event as Changed;
+use futures_channel::oneshot;
 
 use crate::engine::{Engine, Errno, Event, HostCall, HostReply, Op, OpFuture, OpResult};
 use crate::executor::Executor;
@@ -168,6 +169,30 @@ impl IoContext {
     /// Does a rare host call and waits for it.
     pub async fn host(&self, call: HostCall) -> Result<HostReply, Errno> {
         self.engine.host(call).await
+    }
+
+    /// Has work that takes the processor for a while done on another thread; begins at once. It must depend
+    /// on nothing but what it was given, so that a simulation replays.
+    ///
+    /// # Cancellation
+    ///
+    /// The work goes on, and its result is dropped.
+    pub fn offload<T, W>(&self, work: W) -> impl Future<Output = T> + use<T, W>
+    where
+        T: Send + 'static,
+        W: FnOnce() -> T + Send + 'static,
+    {
+        let (done, result) = oneshot::channel();
+        self.engine.offload(Box::new(move || {
+            let _ = done.send(work());
+        }));
+        async move {
+            match result.await {
+                Ok(result) => result,
+                // Its process has been killed, and this with it.
+                Err(oneshot::Canceled) => std::future::pending().await,
+            }
+        }
     }
 
     /// Waits until `time` has passed.

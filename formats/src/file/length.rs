@@ -114,7 +114,7 @@ impl FileIo {
 /// # Errors
 ///
 /// What the host says, `EOPNOTSUPP` where it cannot reserve space.
-pub(super) async fn prepare_space(
+pub(crate) async fn prepare_space(
     context: &IoContext,
     file: &Arc<OpenFile>,
     (from, to): (u64, u64),

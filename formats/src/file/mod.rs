@@ -23,6 +23,7 @@ use blockcore::options::{OptionKind, OptionSpec};
 use futures_util::FutureExt;
 
 pub use self::create::CREATE_OPTIONS;
+pub(crate) use self::length::prepare_space;
 use self::open::Kind;
 
 /// Driver `file`, as registered.

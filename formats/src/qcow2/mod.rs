@@ -4,6 +4,143 @@
 //! | what | where |
 //! |---|---|
 //! | what lies where in an image (pure) | `layout/` |
+//! | opening, reopening, closing | `open`, `driver` |
+//! | what all workers share | `image` |
+//! | requests | `io`, `read`, `write`, `zero`, `compress`, `resize` |
+//! | where bytes of the disk live; slices of L2 tables in memory | `mapping`, `cache` |
+//! | host clusters: finding, counting, letting go of | `alloc`, `refcount`, `limbo` |
+//! | metadata that nothing may be written over | `overlap` |
+//! | writing metadata back | `committer` |
+//! | making images | `create/` |
+//! | checking and repairing them | `check/` |
 
-#[expect(dead_code, reason = "the driver that uses it is being built")]
+mod alloc;
+mod cache;
+pub mod check;
+mod committer;
+mod compress;
+pub mod create;
+mod driver;
+mod image;
+mod io;
 mod layout;
+mod limbo;
+mod mapping;
+mod open;
+mod overlap;
+mod read;
+mod refcount;
+mod resize;
+mod write;
+mod zero;
+
+use blockcore::driver::{ChildSpec, DriverType, Role};
+use blockcore::options::{OptionKind, OptionSpec};
+use futures_util::FutureExt;
+
+/// Driver `qcow2`, as registered.
+pub static QCOW2: DriverType = DriverType {
+    name: "qcow2",
+    about: "an image in QEMU's format, which grows as it is written",
+    options: OPTIONS,
+    children: &[
+        ChildSpec {
+            name: "file",
+            role: Role::IMAGE,
+            optional: false,
+        },
+        ChildSpec {
+            name: "data-file",
+            role: Role::DATA,
+            optional: true,
+        },
+        ChildSpec {
+            name: "backing",
+            role: Role::COW,
+            optional: true,
+        },
+    ],
+    backing: true,
+    probe: Some(|head| match head {
+        [b'Q', b'F', b'I', 0xfb, 0, 0, 0, 2 | 3, ..] => 100,
+        _ => 0,
+    }),
+    open: |request| open::open(request).boxed_local(),
+    create: Some(|context, options| create::create(context, options).boxed_local()),
+    ..DriverType::FORMAT
+};
+
+const fn size(name: &'static str, default: &'static str, help: &'static str) -> OptionSpec {
+    OptionSpec {
+        name,
+        kind: OptionKind::Size,
+        default: Some(default),
+        reopen: true,
+        changes_data: false,
+        help,
+    }
+}
+
+const fn switch(name: &'static str, default: &'static str, help: &'static str) -> OptionSpec {
+    OptionSpec {
+        name,
+        kind: OptionKind::Bool,
+        default: Some(default),
+        reopen: true,
+        changes_data: false,
+        help,
+    }
+}
+
+pub(crate) const OPTIONS: &[OptionSpec] = &[
+    size(
+        "cache-size",
+        "",
+        "memory for L2 tables and refcount blocks in bytes; by default as the two options below say",
+    ),
+    size(
+        "l2-cache-size",
+        "",
+        "memory for L2 tables in bytes; by default what the disk needs, at most 32M",
+    ),
+    size(
+        "l2-cache-entry-size",
+        "",
+        "part of an L2 table that is loaded at once, in bytes, a power of two from 512 to the cluster size",
+    ),
+    size(
+        "refcount-cache-size",
+        "",
+        "memory for refcount blocks in bytes; by default that of 4 clusters",
+    ),
+    size(
+        "cache-clean-interval",
+        "600",
+        "seconds after which unused metadata is dropped from memory; 0 for never",
+    ),
+    switch(
+        "lazy-refcounts",
+        "off",
+        "refcounts may be written later; they are written with the entries that need them all the same",
+    ),
+    switch(
+        "pass-discard-request",
+        "",
+        "whether discards of the guest are passed on to the image's file; by default as 'discard' says",
+    ),
+    switch(
+        "pass-discard-snapshot",
+        "on",
+        "whether what a deleted snapshot leaves is discarded in the image's file",
+    ),
+    switch(
+        "pass-discard-other",
+        "off",
+        "whether what is freed otherwise is discarded in the image's file",
+    ),
+    switch(
+        "discard-no-unref",
+        "off",
+        "whether discarded clusters keep their place in the image's file",
+    ),
+];

@@ -33,6 +33,10 @@ impl Metadata {
         }
     }
 
+    pub(crate) fn cluster_bytes(&self) -> u64 {
+        self.geometry.cluster_bytes()
+    }
+
     /// Whether there can be metadata at an offset: not further out than this table reaches.
     pub(crate) fn reaches(&self, host: HostOffset) -> bool {
         self.window(host.0).0 < self.windows.len()

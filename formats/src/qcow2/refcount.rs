@@ -213,7 +213,10 @@ impl Refcounts {
         let clock = inner.clock;
         let block = inner.block(number)?;
         let indices = first..first + run.count as usize;
-        if indices.clone().any(|index| refcount(&block.counts, order, index) != 0) {
+        if indices
+            .clone()
+            .any(|index| refcount(&block.counts, order, index) != 0)
+        {
             return Ok(false);
         }
         for index in indices {
@@ -271,7 +274,11 @@ impl Refcounts {
     /// How many blocks are dirty.
     pub(crate) fn dirty_count(&self) -> usize {
         let inner = self.lock();
-        inner.blocks.values().filter(|b| b.changed.is_some()).count()
+        inner
+            .blocks
+            .values()
+            .filter(|b| b.changed.is_some())
+            .count()
     }
 
     /// Every dirty block, and the dirty part of the table, copied at one moment.
@@ -347,7 +354,10 @@ impl Inner {
     /// Makes room for one more block.
     fn evict(&mut self, kept: usize) {
         while self.blocks.len() >= kept {
-            let clean = self.blocks.iter().filter(|(_, block)| block.changed.is_none());
+            let clean = self
+                .blocks
+                .iter()
+                .filter(|(_, block)| block.changed.is_none());
             let Some(oldest) = clean.min_by_key(|(_, block)| block.used).map(|(n, _)| *n) else {
                 return;
             };
@@ -400,14 +410,24 @@ mod tests {
         assert_eq!(refcounts.add(9, -1), Ok(Err(bad)));
         assert!(refcounts.add(20, 65535).unwrap().is_ok());
         assert!(refcounts.add(20, 1).unwrap().is_err());
-        let whole = Run { start: 11, count: 9 };
+        let whole = Run {
+            start: 11,
+            count: 9,
+        };
         assert_eq!(refcounts.find_free(11, 100).unwrap(), whole);
     }
 
     #[test]
     fn a_search_past_a_full_block_needs_the_next() {
         let refcounts = counts();
-        assert!(refcounts.take(Run { start: 0, count: 256 }).unwrap());
+        assert!(
+            refcounts
+                .take(Run {
+                    start: 0,
+                    count: 256
+                })
+                .unwrap()
+        );
         let missing = refcounts.find_free(0, 1).unwrap_err();
         assert_eq!(missing, Missing::Load(1, HostOffset(0x600)));
     }

@@ -24,7 +24,7 @@ use super::random::mix;
 use crate::engine::threads::Files;
 use crate::engine::{
     Allocate, Engine, Errno, Event, FileId, HostCall, HostReply, Notify, Op, OpResult, OpenFile,
-    WatchId,
+    WatchId, Work,
 };
 use crate::io::buffer::Segments;
 use crate::mailbox::{Sleeper, Wake};
@@ -110,6 +110,8 @@ pub(super) enum Due {
     Done { operation: u64 },
     /// A host call takes effect and is answered.
     Call { call: u64 },
+    /// Offloaded work is done.
+    Work { work: u64 },
     /// A watched descriptor becomes readable.
     Ready { engine: usize, watch: WatchId },
 }
@@ -120,6 +122,7 @@ pub(super) enum Due {
 pub(super) struct Aftermath {
     pub(super) wakers: Vec<Waker>,
     pub(super) dropped: Vec<Segments>,
+    pub(super) work: Vec<Work>,
 }
 
 /// What killed processes held, to be dropped when nothing is borrowed.
@@ -129,6 +132,7 @@ pub(super) struct Killed {
     done: Vec<(Notify, OpResult, Segments)>,
     notify: Vec<Notify>,
     waiters: Vec<Rc<CallWaiter>>,
+    work: Vec<Work>,
     files: Vec<Files>,
 }
 
@@ -257,6 +261,19 @@ impl Engine for SimEngine {
             drop(call);
         }
         CallFuture(waiter).boxed_local()
+    }
+
+    /// Done in place, when its time has come.
+    fn offload(&self, work: Work) {
+        let mut state = self.state.borrow_mut();
+        if !state.engines[self.index].alive {
+            drop(state);
+            return drop(work);
+        }
+        let number = state.number();
+        state.work.insert(number, work);
+        let at = state.now + state.latency();
+        state.schedule(at, Due::Work { work: number });
     }
 
     fn watch(&self, fd: Arc<OwnedFd>) -> WatchId {
@@ -579,6 +596,7 @@ impl State {
     fn begin_call(&mut self, call: HostCall, waiter: Rc<CallWaiter>) {
         let description = match &call {
             HostCall::Open(..)
+            | HostCall::OpenSegment { .. }
             | HostCall::Remove(_)
             | HostCall::Canonical(_)
             | HostCall::Rename(..)
@@ -656,6 +674,10 @@ impl State {
                 running.waiter.result.replace(Some(result));
                 aftermath.wakers.extend(running.waiter.waker.take());
             }
+            Due::Work { work } => {
+                self.note(&[7, at, work]);
+                aftermath.work.extend(self.work.remove(&work));
+            }
             Due::Ready { engine, watch } => {
                 self.note(&[5, at, engine as u64]);
                 let engine = &mut self.engines[engine];
@@ -725,6 +747,9 @@ impl State {
         for call in self.calls.values_mut() {
             killed.waiters.push(std::mem::take(&mut call.waiter));
         }
+        killed
+            .work
+            .extend(std::mem::take(&mut self.work).into_values());
         // A kernel cancels what it has not begun, and lets the rest go on. Nobody is left whom a file
         // could be opened for.
         let (random, calls) = (&mut self.random, &mut self.calls);
@@ -732,7 +757,7 @@ impl State {
         self.due.retain(|_, due| match due {
             Due::Part { .. } => !random.chance(300),
             Due::Done { .. } => true,
-            Due::Ready { .. } => false,
+            Due::Ready { .. } | Due::Work { .. } => false,
             Due::Call { call } => {
                 let opens = matches!(calls[call].call, HostCall::Open(..));
                 let goes_on = !opens && !random.chance(300);

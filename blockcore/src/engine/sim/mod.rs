@@ -40,6 +40,7 @@ use self::contents::BLOCK_BYTES;
 use self::engine::{Aftermath, Due, EngineState, Running, RunningCall};
 use self::host::Host;
 use self::run::Actor;
+use super::{Segment, Work};
 
 /// What goes wrong, and how often. The default is a host without faults whose operations take a
 /// while, end in any order and are torn against each other.
@@ -118,6 +119,8 @@ struct State {
     running: BTreeMap<u64, Running>,
     /// Host calls under way, by number.
     calls: BTreeMap<u64, RunningCall>,
+    /// Offloaded work that is not done, by number.
+    work: BTreeMap<u64, Work>,
     /// What happens next: when, then in a seeded order.
     due: BTreeMap<(Duration, u64, u64), Due>,
     last_number: u64,
@@ -136,6 +139,7 @@ impl Simulation {
             engines: Vec::new(),
             running: BTreeMap::new(),
             calls: BTreeMap::new(),
+            work: BTreeMap::new(),
             due: BTreeMap::new(),
             last_number: 0,
         };
@@ -165,6 +169,11 @@ impl Simulation {
     /// What a read of the whole file through the page cache gives now; `None` if there is no file.
     pub fn contents(&self, path: impl AsRef<Path>) -> Option<Vec<u8>> {
         self.state.borrow().host.contents(path.as_ref())
+    }
+
+    /// The shared memory that a process has left at `path`, or has open; `None` if there is none.
+    pub fn segment(&self, path: impl AsRef<Path>) -> Option<Arc<Segment>> {
+        self.state.borrow().host.segment(path.as_ref())
     }
 
     /// The locks that anybody holds on a file: byte, and whether it excludes others; in order.

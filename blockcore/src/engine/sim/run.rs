@@ -97,6 +97,9 @@ impl Simulation {
         let mut aftermath = Aftermath::default();
         let landed = self.state.borrow_mut().land_due(&mut aftermath);
         drop(aftermath.dropped);
+        for work in aftermath.work {
+            work();
+        }
         for waker in aftermath.wakers {
             waker.wake();
         }

@@ -663,3 +663,66 @@ fn at_a_preemption_point_others_run_first_as_often_as_was_asked() {
     assert_eq!(first(0), [0, 0, 0, 1, 1, 1]);
     assert_eq!(first(1000), [0, 1, 0, 1, 0, 1]);
 }
+
+#[test]
+fn offloaded_work_is_done_in_place_after_a_while_and_not_by_a_process_that_was_killed() {
+    let (simulation, worker) = machine(5, 0);
+    let began = simulation.now();
+    let context = Rc::clone(worker.context());
+    let sum = run(&simulation, &worker, async move {
+        let works = (0..20_u64).map(|number| context.offload(move || number * number));
+        let works: Vec<_> = works.collect();
+        let mut sum = 0;
+        for work in works {
+            sum += work.await;
+        }
+        sum
+    });
+    assert_eq!(sum, 2470);
+    assert!(simulation.now() > began);
+
+    let done = Arc::new(AtomicBool::new(false));
+    let (context, seen) = (Rc::clone(worker.context()), Arc::clone(&done));
+    drop(context.offload(move || seen.store(true, std::sync::atomic::Ordering::Relaxed)));
+    simulation.kill();
+    while simulation.step() {}
+    assert!(!done.load(std::sync::atomic::Ordering::Relaxed));
+    assert_eq!(Arc::strong_count(&done), 1);
+}
+
+#[test]
+fn shared_memory_survives_a_kill_and_no_power_cut() {
+    use std::sync::atomic::Ordering;
+
+    const SEGMENT: &str = "/run/disk";
+    let open_segment = |bytes| HostCall::OpenSegment {
+        path: SEGMENT.into(),
+        bytes,
+    };
+    let (simulation, worker) = machine(6, 0);
+    let open = |worker: &Worker| match call(&simulation, worker, open_segment(4096)) {
+        Ok(HostReply::Segment { segment, existed }) => (segment, existed),
+        other => panic!("{other:?}"),
+    };
+    let (segment, existed) = open(&worker);
+    assert_eq!((segment.words().len(), existed), (512, false));
+    segment.words()[511].store(7, Ordering::Relaxed);
+    let refused = call(&simulation, &worker, open_segment(8192));
+    assert_eq!(refused.unwrap_err(), Segment::OTHER_LENGTH);
+
+    simulation.kill();
+    let worker = simulation.worker();
+    let (segment, existed) = open(&worker);
+    assert!(existed);
+    assert_eq!(segment.words()[511].load(Ordering::Relaxed), 7);
+    assert!(simulation.segment(SEGMENT).is_some());
+
+    simulation.power_cut();
+    assert!(simulation.segment(SEGMENT).is_none());
+    let worker = simulation.worker();
+    let (segment, existed) = open(&worker);
+    assert!(!existed);
+    assert_eq!(segment.words()[511].load(Ordering::Relaxed), 0);
+    call(&simulation, &worker, HostCall::Remove(SEGMENT.into())).unwrap();
+    assert!(simulation.segment(SEGMENT).is_none());
+}

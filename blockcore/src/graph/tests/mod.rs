@@ -3,6 +3,7 @@
 mod chain;
 mod change;
 mod drain;
+mod named;
 mod permissions;
 mod pipeline;
 mod reopen;
@@ -65,9 +66,12 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
+        Self::with(vec![&MEMORY, &LAYER, &PASS])
+    }
+
+    fn with(types: Vec<&'static DriverType>) -> Self {
         let simulation = Simulation::new(1);
         let worker = simulation.worker();
-        let types = vec![&MEMORY, &LAYER, &PASS];
         let control = Control::new(Graph::new(types), Rc::clone(worker.context()));
         told();
         Self {

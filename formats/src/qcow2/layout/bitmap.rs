@@ -174,6 +174,12 @@ impl Bitmap {
         self.extra.is_empty() || self.flags & Self::EXTRA_COMPATIBLE != 0
     }
 
+    /// Bytes of its entry in a directory.
+    pub(crate) fn entry_bytes(&self) -> u64 {
+        let bytes = HEAD_BYTES + self.extra.len() + self.name.len();
+        bytes.next_multiple_of(8) as u64
+    }
+
     /// The directory of these bitmaps.
     pub(crate) fn serialise_directory(bitmaps: &[Self]) -> Vec<u8> {
         let mut bytes = Vec::new();

@@ -366,6 +366,7 @@ fn text(data: &[u8], what: &str) -> Result<String, Error> {
     Ok(text.to_owned())
 }
 
-pub(super) fn corrupt(message: impl Into<String>) -> Error {
+/// An image contradicts its format.
+pub(crate) fn corrupt(message: impl Into<String>) -> Error {
     Error::new(ErrorKind::Corrupt, message)
 }

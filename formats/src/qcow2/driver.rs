@@ -1,0 +1,241 @@
+//! [`Qcow2Driver`]: the global-state half.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use blockcore::driver::{
+    Activation, BackingName, Driver, Limits, OpenModes, ReopenRequest, Reopened, Role, WriteFlags,
+};
+use blockcore::io::buffer::Segments;
+use blockcore::io::{Io, RequestKind, Root};
+use blockcore::{Error, ErrorKind, IoError};
+use futures_util::FutureExt;
+use futures_util::future::LocalBoxFuture;
+
+use super::image::{DATA_FILE, FILE, Image};
+use super::io::Qcow2Io;
+use super::layout::entry::L2Entry;
+use super::layout::header::MAX_BACKING_BYTES;
+use super::open::{Source, open_image};
+
+/// See the module's header.
+pub(super) struct Qcow2Driver {
+    image: Arc<Image>,
+    /// What a reopen has prepared.
+    prepared: RefCell<Option<Arc<Image>>>,
+}
+
+impl Qcow2Driver {
+    pub(super) fn new(image: &Arc<Image>) -> Self {
+        Self {
+            image: Arc::clone(image),
+            prepared: RefCell::new(None),
+        }
+    }
+
+    /// Writes everything back and gives back what is reserved: the image is as if nobody had it open.
+    async fn finish(&self, root: &Rc<Root>) -> Result<(), Error> {
+        let request = root.enter(RequestKind::Other, 0, 0).await;
+        let io = request.io();
+        if io.modes().read_only || self.image.broken.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let finished = self.image.finish(io).await;
+        finished.map_err(|error| failed(io.name(), "write the metadata of", error))
+    }
+}
+
+fn failed(node: &str, what: &str, error: IoError) -> Error {
+    let text = format!("cannot {what} the image of node '{node}': {error}");
+    Error::new(ErrorKind::Io, text)
+}
+
+impl Driver for Qcow2Driver {
+    fn close(&mut self, root: Rc<Root>) -> LocalBoxFuture<'_, Result<(), Error>> {
+        async move { self.finish(&root).await }.boxed_local()
+    }
+
+    fn limits(&self, children: &[Option<Limits>]) -> Limits {
+        let g = self.image.geometry;
+        let cluster = g.cluster_bytes() as u32;
+        Limits {
+            zero_alignment: g.subcluster_bytes() as u32,
+            discard_alignment: cluster,
+            discard_granularity_bytes: cluster,
+            cluster_bytes: cluster,
+            ..children[0].map_or_else(Limits::default, Limits::above)
+        }
+    }
+
+    fn reopen_prepare(
+        &mut self,
+        request: ReopenRequest,
+    ) -> LocalBoxFuture<'_, Result<Reopened, Error>> {
+        async move {
+            let writes = |modes: OpenModes| !modes.read_only && !modes.inactive;
+            let begins_to_write = writes(request.modes) && !writes(request.modes_before);
+            let changes = begins_to_write || !request.changed().is_empty();
+            if !changes {
+                return Ok(Reopened::default());
+            }
+            // What this process keeps of the image has been flushed: it is read anew.
+            let file = request.children[0].as_ref().expect("not optional");
+            let source = Source {
+                node: request.node_name.clone(),
+                root: Rc::clone(&file.root),
+            };
+            let image = open_image(&source, &request.options, request.modes).await?;
+            *self.prepared.borrow_mut() = Some(Arc::clone(&image));
+            Ok(Reopened {
+                io: Some(Arc::new(Qcow2Io(image))),
+            })
+        }
+        .boxed_local()
+    }
+
+    fn reopen_commit(&mut self) {
+        if let Some(image) = self.prepared.take() {
+            self.image = image;
+        }
+    }
+
+    fn reopen_abort(&mut self) {
+        self.prepared.take();
+    }
+
+    fn stop_writing(&mut self, root: Rc<Root>) -> LocalBoxFuture<'_, Result<(), Error>> {
+        async move { self.finish(&root).await }.boxed_local()
+    }
+
+    fn inactivate(&mut self, root: Rc<Root>) -> LocalBoxFuture<'_, Result<(), Error>> {
+        async move { self.finish(&root).await }.boxed_local()
+    }
+
+    fn activate(&mut self, root: Rc<Root>) -> LocalBoxFuture<'_, Activation> {
+        let _ = root;
+        async { Err(Error::unsupported("qcow2 images cannot be activated yet")) }.boxed_local()
+    }
+
+    fn backing(&self) -> Option<BackingName> {
+        let header = self.image.header();
+        let name = header.backing.clone()?;
+        Some(BackingName {
+            name,
+            format: header.extensions.backing_format.clone(),
+        })
+    }
+
+    fn named_children(&self) -> Vec<(usize, BackingName)> {
+        let header = self.image.header();
+        let named = header.extensions.data_file.as_ref();
+        let has_one = header.geometry().data_file;
+        let data_file = named.filter(|_| has_one).map(|name| BackingName {
+            name: name.clone(),
+            format: None,
+        });
+        data_file
+            .map(|file| (DATA_FILE, file))
+            .into_iter()
+            .collect()
+    }
+
+    fn child_role(&self, index: usize) -> Option<Role> {
+        let has_data_file = self.image.geometry.data_file;
+        (index == FILE && has_data_file).then_some(Role::METADATA | Role::PRIMARY)
+    }
+
+    fn change_backing(
+        &mut self,
+        root: Rc<Root>,
+        backing: Option<BackingName>,
+    ) -> LocalBoxFuture<'_, Result<(), Error>> {
+        async move {
+            let request = root.enter(RequestKind::Write, 0, 0).await;
+            let io = request.io();
+            let mut header = self.image.header().clone();
+            if let Some(new) = &backing {
+                if header.geometry().data_file && self.image.raw_data_file() {
+                    return Err(Error::invalid(format!(
+                        "the image of node '{}' cannot have a backing image: its external data file is to \
+                         be readable as raw",
+                        io.name()
+                    )));
+                }
+                if new.name.len() > MAX_BACKING_BYTES {
+                    let text = format!(
+                        "the name of a backing image has at most {MAX_BACKING_BYTES} bytes, and '{}' has {}",
+                        new.name,
+                        new.name.len()
+                    );
+                    return Err(Error::new(ErrorKind::NoSpace, text));
+                }
+            }
+            header.extensions.backing_format = backing.as_ref().and_then(|new| new.format.clone());
+            header.backing = backing.map(|new| new.name);
+            let bytes = header.serialise()?;
+            let written = write_stable(io, &bytes).await;
+            written.map_err(|error| failed(io.name(), "write the header of", error))?;
+            *self.image.header() = header;
+            Ok(())
+        }
+        .boxed_local()
+    }
+
+    fn has_zero_init(&self) -> bool {
+        !self.image.geometry.data_file
+    }
+
+    fn make_empty(&mut self, root: Rc<Root>) -> LocalBoxFuture<'_, Result<(), Error>> {
+        async move {
+            let request = root.enter(RequestKind::Discard, 0, 0).await;
+            let io = request.io();
+            let emptied = self.image.make_empty(io).await;
+            emptied.map_err(|error| failed(io.name(), "empty", error))
+        }
+        .boxed_local()
+    }
+}
+
+/// Writes the image's first bytes, durably. What stands behind them was durable before.
+async fn write_stable(io: Io<'_>, bytes: &[u8]) -> Result<(), IoError> {
+    io.child(FILE).flush().await?;
+    let from = Segments::allocate(bytes.len(), 4096);
+    from.copy_from(bytes);
+    io.child(FILE).write(0, from, WriteFlags::STABLE).await
+}
+
+impl Image {
+    /// Writes everything back, and leaves nothing counted that nothing refers to. No request is under way.
+    pub(super) async fn finish(&self, io: Io<'_>) -> Result<(), IoError> {
+        self.commit(io).await?;
+        while self.releasing.load(Ordering::Acquire) > 0 {
+            io.context()
+                .delay(std::time::Duration::from_millis(1))
+                .await;
+        }
+        *self.tail() = None;
+        self.give_back_reserved(io).await?;
+        self.commit(io).await
+    }
+
+    /// Lets go of all that is mapped.
+    async fn make_empty(&self, io: Io<'_>) -> Result<(), IoError> {
+        let g = self.geometry;
+        let tables = self.l1().entries.len();
+        for l1_index in 0..tables {
+            if self.l1().get(l1_index).table().is_none() {
+                continue;
+            }
+            self.own_table(io, l1_index).await?;
+            let first = l1_index as u64 * g.table_entries();
+            for cluster in first..first + g.table_entries() {
+                self.entry(io, cluster).await?;
+            }
+            self.publish(io, first, g.table_entries(), |_, _| L2Entry::default())
+                .await?;
+        }
+        self.commit(io).await
+    }
+}

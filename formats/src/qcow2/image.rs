@@ -1,0 +1,228 @@
+//! [`Image`]: what all workers share of an open image.
+//!
+//! Most of what it does is beside it: finding where bytes live (`mapping`), host clusters (`alloc`,
+//! `refcount`, `limbo`), writes and zeroes (`write`, `zero`), and what goes to the image's file in which
+//! order (`committer`).
+//!
+//! **Who waits for whom.** A request that changes what guest clusters map to has a turn for these clusters
+//! (`turns`), then, to make or copy an L2 table, one for that table (`tables`), then, to find free
+//! clusters, the one turn for that (`reserving`); loads of metadata have turns of their own (`loads`), last.
+//! A committer's round takes none of these but loads. So waits form no circle. Locks are held over memory
+//! operations only, and taken in this order: `l1`, then those inside of `cache`; every other alone.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
+
+use blockcore::IoError;
+use blockcore::driver::WriteFlags;
+use blockcore::io::Io;
+use blockcore::io::buffer::Segments;
+use blockcore::io::tracked::Tracker;
+
+use super::alloc::Pools;
+use super::cache::SliceCache;
+use super::compress::Tail;
+use super::layout::entry::L1Entry;
+use super::layout::header::{Features, Header};
+use super::layout::{Geometry, HostOffset};
+use super::limbo::Limbo;
+use super::overlap::Metadata;
+use super::refcount::Refcounts;
+use crate::rounds::Rounds;
+
+/// The child that holds the image.
+pub(super) const FILE: usize = 0;
+/// The child that holds the data where that is not the image.
+pub(super) const DATA_FILE: usize = 1;
+/// The child that is deferred to.
+pub(super) const BACKING: usize = 2;
+
+/// Spreads turns for things that are counted over the shards of a [`Tracker`].
+pub(super) const TURN_BITS: u32 = 20;
+
+/// See the module's header.
+pub(super) struct Image {
+    /// This, for work that goes on behind a request.
+    pub(super) this: Weak<Image>,
+    pub(super) geometry: Geometry,
+    /// Length of the disk.
+    pub(super) bytes: AtomicU64,
+    /// As it is in the image.
+    pub(super) header: Mutex<Header>,
+    pub(super) l1: Mutex<L1>,
+    pub(super) cache: SliceCache,
+    /// Loads of slices, and, far away from these, of refcount blocks.
+    pub(super) loads: Tracker,
+    pub(super) refcounts: Refcounts,
+    pub(super) pools: Mutex<Pools>,
+    /// Where a search for free clusters begins.
+    pub(super) first_free: AtomicU64,
+    pub(super) reserving: Tracker,
+    /// Where compressed clusters go next.
+    pub(super) tail: Mutex<Option<Tail>>,
+    pub(super) packing: Tracker,
+    pub(super) metadata: Metadata,
+    pub(super) limbo: Limbo,
+    /// Releases of clusters that are under way.
+    pub(super) releasing: AtomicU64,
+    pub(super) turns: Tracker,
+    pub(super) tables: Tracker,
+    pub(super) rounds: Rounds,
+    /// A round that nobody waits for is on its way.
+    pub(super) committing: AtomicBool,
+    /// The image was found to contradict itself: nothing more is done with it.
+    pub(super) broken: AtomicBool,
+    /// A write completes only when a round has made what maps it durable: there is nothing else that
+    /// would outlive this process.
+    pub(super) completes_durable: bool,
+    pub(super) options: RunOptions,
+}
+
+/// Options that a running image goes by.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct RunOptions {
+    /// What a guest's discard frees is discarded below.
+    pub(super) pass_discard_request: bool,
+    /// What the deletion of a snapshot frees is, too.
+    pub(super) pass_discard_snapshot: bool,
+    /// And so is what else is freed.
+    pub(super) pass_discard_other: bool,
+    /// A discarded cluster keeps its place.
+    pub(super) discard_no_unref: bool,
+}
+
+/// The L1 table, whole.
+pub(super) struct L1 {
+    pub(super) place: HostOffset,
+    pub(super) entries: Vec<L1Entry>,
+    pub(super) dirty: BTreeSet<usize>,
+}
+
+impl L1 {
+    /// The entry at `index`; none past the end.
+    pub(super) fn get(&self, index: usize) -> L1Entry {
+        self.entries.get(index).copied().unwrap_or_default()
+    }
+
+    /// Changes an entry, which is dirty then.
+    pub(super) fn set(&mut self, index: usize, entry: L1Entry) {
+        self.entries[index] = entry;
+        self.dirty.insert(index);
+    }
+}
+
+impl Image {
+    /// The child that holds the data.
+    pub(super) fn data_child(&self) -> usize {
+        match self.geometry.data_file {
+            true => DATA_FILE,
+            false => FILE,
+        }
+    }
+
+    /// Length of the disk, now.
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Acquire)
+    }
+
+    pub(super) fn l1(&self) -> MutexGuard<'_, L1> {
+        self.l1.lock().expect("no panic while looking")
+    }
+
+    pub(super) fn tail(&self) -> MutexGuard<'_, Option<Tail>> {
+        self.tail.lock().expect("no panic while looking")
+    }
+
+    /// Whether somebody may read the external data file by itself.
+    pub(super) fn raw_data_file(&self) -> bool {
+        let header = self.header();
+        self.geometry.data_file && header.features.autoclear & Features::RAW_DATA_FILE != 0
+    }
+
+    pub(super) fn header(&self) -> MutexGuard<'_, Header> {
+        self.header.lock().expect("no panic while looking")
+    }
+
+    /// Fails once the image was found to be broken.
+    pub(super) fn check_whole(&self) -> Result<(), IoError> {
+        match self.broken.load(Ordering::Acquire) {
+            true => Err(IoError::Failed),
+            false => Ok(()),
+        }
+    }
+
+    /// The image contradicts itself: operators are told, and with `fatal` nothing more is done with it.
+    /// Marked as corrupt if it can be.
+    pub(super) async fn corrupt(
+        &self,
+        io: Io<'_>,
+        message: String,
+        (host, bytes): (HostOffset, u64),
+        fatal: bool,
+    ) -> IoError {
+        let fatal = fatal && !io.modes().read_only;
+        let was_broken = fatal && self.broken.swap(true, Ordering::AcqRel);
+        if !was_broken {
+            io.state()
+                .report_corruption(message, Some(host.0), Some(bytes), fatal);
+        }
+        if fatal && !was_broken {
+            self.mark_corrupt(io).await;
+        }
+        IoError::Failed
+    }
+
+    async fn mark_corrupt(&self, io: Io<'_>) {
+        let features = {
+            let mut header = self.header();
+            if header.version < 3 {
+                return;
+            }
+            header.features.incompatible |= Features::CORRUPT;
+            header.features.incompatible
+        };
+        let written = write_bytes(io, HostOffset(72), &features.to_be_bytes()).await;
+        let marked = match written {
+            Ok(()) => io.child(FILE).flush().await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = marked {
+            tracing::error!("cannot mark image '{}' as corrupt: {error}", io.name());
+        }
+    }
+
+    /// Does `work` behind the request that `io` is part of: drained sections wait for it.
+    pub(super) fn behind<F>(
+        &self,
+        io: Io<'_>,
+        work: impl FnOnce(Arc<Image>, blockcore::io::Fork) -> F,
+    ) where
+        F: Future<Output = ()> + 'static,
+    {
+        let Some(image) = self.this.upgrade() else {
+            return;
+        };
+        io.context().spawn(work(image, io.fork()));
+    }
+}
+
+/// Reads `bytes` of the image's file.
+pub(super) async fn read_bytes(
+    io: Io<'_>,
+    host: HostOffset,
+    bytes: u64,
+) -> Result<Vec<u8>, IoError> {
+    let into = Segments::allocate(bytes as usize, 4096);
+    io.child(FILE).read(host.0, into.clone()).await?;
+    Ok(into.to_vec())
+}
+
+/// Writes `bytes` to the image's file. Not durable before a flush.
+pub(super) async fn write_bytes(io: Io<'_>, host: HostOffset, bytes: &[u8]) -> Result<(), IoError> {
+    let from = Segments::allocate(bytes.len(), 4096);
+    from.copy_from(bytes);
+    io.child(FILE)
+        .write(host.0, from, WriteFlags::empty())
+        .await
+}

@@ -1,0 +1,381 @@
+//! Opening an image: what it says of itself is checked, and its tables are read.
+
+use std::collections::BTreeSet;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::{Arc, Mutex};
+
+use blockcore::driver::{OpenModes, OpenRequest, Opened, WriteFlags};
+use blockcore::io::Root;
+use blockcore::io::buffer::Segments;
+use blockcore::io::tracked::Tracker;
+use blockcore::options::Options;
+use blockcore::{Error, ErrorKind, IoError};
+
+use super::OPTIONS;
+use super::alloc::Pools;
+use super::cache::{SliceCache, WAYS};
+use super::driver::Qcow2Driver;
+use super::image::{Image, L1, RunOptions};
+use super::io::Qcow2Io;
+use super::layout::bitmap::{Bitmap, BitmapCluster};
+use super::layout::bytes::words;
+use super::layout::entry::L1Entry;
+use super::layout::header::{Features, Header, PREFIX_BYTES, Purpose};
+use super::layout::snapshot::{MAX_TABLE_BYTES, Snapshot};
+use super::layout::{Geometry, HostOffset};
+use super::limbo::Limbo;
+use super::overlap::Metadata;
+use super::refcount::Refcounts;
+use crate::rounds::Rounds;
+
+/// Where the autoclear features are in the header.
+const HEADER_AUTOCLEAR: u64 = 88;
+/// Most memory for L2 tables unless options say otherwise, as QEMU has it.
+const DEFAULT_L2_BYTES: u64 = 32 << 20;
+/// Part of a table that is loaded at once, unless options say otherwise.
+const DEFAULT_SLICE_BYTES: u64 = 4096;
+/// Refcount blocks that are kept at least, as QEMU has it.
+const LEAST_BLOCKS: u64 = 4;
+/// L1 tables of snapshots, and tables of bitmaps, are read only so far: the time that opening takes is not
+/// for an image to decide.
+const MAX_INACTIVE_BYTES: u64 = 1 << 30;
+
+pub(super) async fn open(request: OpenRequest) -> Result<Opened, Error> {
+    let file = request.children[0].as_ref().expect("not optional");
+    let source = Source {
+        node: request.node_name.clone(),
+        root: Rc::clone(&file.root),
+    };
+    let image = open_image(&source, &request.options, request.modes).await?;
+    Ok(Opened {
+        driver: Box::new(Qcow2Driver::new(&image)),
+        io: Arc::new(Qcow2Io(image)),
+    })
+}
+
+/// Where an image is opened from.
+pub(super) struct Source {
+    /// The node's name, for messages.
+    pub(super) node: String,
+    /// The child that holds the image.
+    pub(super) root: Rc<Root>,
+}
+
+impl Source {
+    fn corrupt(&self, what: impl std::fmt::Display) -> Error {
+        let text = format!("the image of node '{}' is corrupt: {what}", self.node);
+        Error::new(ErrorKind::Corrupt, text)
+    }
+
+    fn failed(&self, what: &str, error: IoError) -> Error {
+        let text = format!("cannot {what} the image of node '{}': {error}", self.node);
+        Error::new(ErrorKind::Io, text)
+    }
+
+    /// Reads a part of the file, which has it.
+    async fn read(&self, what: &str, offset: u64, bytes: u64) -> Result<Vec<u8>, Error> {
+        let length = self.root.bytes();
+        if offset > length || bytes > length - offset {
+            return Err(self.corrupt(format!(
+                "the {what} has {bytes} bytes at offset {offset:#x}, and the file only {length}"
+            )));
+        }
+        let into = Segments::allocate(bytes as usize, 4096);
+        let read = self.root.read(offset, into.clone()).await;
+        read.map_err(|error| self.failed(&format!("read the {what} of"), error))?;
+        Ok(into.to_vec())
+    }
+
+    /// Reads the header.
+    pub(super) async fn header(&self, purpose: Purpose) -> Result<Header, Error> {
+        let length = self.root.bytes();
+        let head = self
+            .read("header", 0, length.min(PREFIX_BYTES as u64))
+            .await?;
+        let named = |error: Error| {
+            let text = format!("cannot open the image of node '{}': {error}", self.node);
+            Error::new(error.kind(), text)
+        };
+        let bytes = Header::cluster_bytes_in(&head).map_err(named)?;
+        let cluster = self.read("header", 0, length.min(bytes)).await?;
+        Header::parse(&cluster, purpose).map_err(named)
+    }
+}
+
+/// Reads an image and makes it usable as `modes` say.
+pub(super) async fn open_image(
+    source: &Source,
+    options: &Options,
+    modes: OpenModes,
+) -> Result<Arc<Image>, Error> {
+    let mut header = source.header(Purpose::Use).await?;
+    let geometry = header.geometry();
+    let writable = !modes.read_only && !modes.inactive;
+    if writable {
+        check_writable(source, &header)?;
+    }
+    let l1_bytes = 8 * u64::from(header.l1_entries);
+    let l1 = source.read("L1 table", header.l1_offset, l1_bytes).await?;
+    let l1: Vec<_> = words(&l1).map(L1Entry).collect();
+    let table = source
+        .read(
+            "refcount table",
+            header.refcount_table_offset,
+            header.refcount_table_bytes(),
+        )
+        .await?;
+    let table: Vec<u64> = words(&table).collect();
+    let metadata = Metadata::new(geometry);
+    mark_active(&metadata, &header, &l1, &table);
+    if writable {
+        mark_inactive(source, &metadata, &header).await?;
+        clear_features(source, &mut header).await?;
+    }
+    let sizes = CacheSizes::new(options, geometry, header.bytes, &source.node)?;
+    let pass = |name: &str, default: bool| match options.get(name) {
+        None | Some("") => default,
+        Some(_) => options.bool(OPTIONS, name),
+    };
+    let run_options = RunOptions {
+        pass_discard_request: pass("pass-discard-request", modes.unmap),
+        pass_discard_snapshot: pass("pass-discard-snapshot", true),
+        pass_discard_other: pass("pass-discard-other", false),
+        discard_no_unref: pass("discard-no-unref", false),
+    };
+    if run_options.discard_no_unref && header.version < 3 {
+        return Err(Error::invalid(format!(
+            "node '{}' cannot have 'discard-no-unref=on': its image has version 2, which has no way to say \
+             that a cluster with a place reads as zeroes",
+            source.node
+        )));
+    }
+    let place = HostOffset(header.refcount_table_offset);
+    Ok(Arc::new_cyclic(|this| Image {
+        this: this.clone(),
+        geometry,
+        bytes: AtomicU64::new(header.bytes),
+        l1: Mutex::new(L1 {
+            place: HostOffset(header.l1_offset),
+            entries: l1,
+            dirty: BTreeSet::new(),
+        }),
+        cache: SliceCache::new(sizes.slice_bytes as usize / 8, sizes.slices),
+        loads: Tracker::default(),
+        refcounts: Refcounts::new(geometry, place, table, sizes.blocks as usize),
+        pools: Mutex::new(Pools::default()),
+        first_free: AtomicU64::new(0),
+        reserving: Tracker::default(),
+        tail: Mutex::new(None),
+        packing: Tracker::default(),
+        metadata,
+        limbo: Limbo::default(),
+        releasing: AtomicU64::new(0),
+        turns: Tracker::default(),
+        tables: Tracker::default(),
+        rounds: Rounds::default(),
+        committing: AtomicBool::new(false),
+        broken: AtomicBool::new(false),
+        completes_durable: false,
+        options: run_options,
+        header: Mutex::new(header),
+    }))
+}
+
+fn check_writable(source: &Source, header: &Header) -> Result<(), Error> {
+    let node = &source.node;
+    let features = header.features.incompatible;
+    if features & Features::CORRUPT != 0 {
+        return Err(source.corrupt(
+            "it was marked so when its metadata was found to be wrong; open it read-only, or repair it \
+             with 'stonework img check -r all'",
+        ));
+    }
+    if features & Features::DIRTY != 0 {
+        return Err(Error::unsupported(format!(
+            "the image of node '{node}' was not closed in order and its reference counts may be wrong; \
+             repair it with 'stonework img check -r all'"
+        )));
+    }
+    Ok(())
+}
+
+/// What is not up to date any more when we write says so no longer. On disk before anything else is.
+async fn clear_features(source: &Source, header: &mut Header) -> Result<(), Error> {
+    // Bitmaps are not kept up to date, and nothing outlives this process.
+    let stale = header.unknown_autoclear() | Features::BITMAPS | Features::SEGMENT;
+    if header.version < 3 || header.features.autoclear & stale == 0 {
+        return Ok(());
+    }
+    header.features.autoclear &= !stale;
+    let bytes = header.features.autoclear.to_be_bytes();
+    let segments = Segments::allocate(bytes.len(), 512);
+    segments.copy_from(&bytes);
+    let written = source
+        .root
+        .write(HEADER_AUTOCLEAR, segments, WriteFlags::STABLE);
+    written
+        .await
+        .map_err(|error| source.failed("write the header of", error))
+}
+
+/// Marks a table's clusters, where they are where something can be.
+fn mark(metadata: &Metadata, offset: u64, bytes: u64) {
+    let end = HostOffset(offset.saturating_add(bytes));
+    if bytes > 0 && metadata.reaches(HostOffset(offset)) && metadata.reaches(end) {
+        metadata.add(HostOffset(offset), bytes);
+    }
+}
+
+fn mark_active(metadata: &Metadata, header: &Header, l1: &[L1Entry], table: &[u64]) {
+    let cluster = metadata.cluster_bytes();
+    mark(metadata, 0, cluster);
+    mark(metadata, header.l1_offset, 8 * l1.len() as u64);
+    mark(
+        metadata,
+        header.refcount_table_offset,
+        header.refcount_table_bytes(),
+    );
+    for block in table.iter().filter(|block| **block != 0) {
+        mark(metadata, block & !0x1ff, cluster);
+    }
+    mark_tables(metadata, l1);
+}
+
+fn mark_tables(metadata: &Metadata, l1: &[L1Entry]) {
+    for table in l1.iter().filter_map(|entry| entry.table()) {
+        mark(metadata, table.0, metadata.cluster_bytes());
+    }
+}
+
+/// Marks what belongs to snapshots and bitmaps.
+async fn mark_inactive(source: &Source, metadata: &Metadata, header: &Header) -> Result<(), Error> {
+    let mut budget = MAX_INACTIVE_BYTES;
+    let mut spend = |bytes: u64| match budget.checked_sub(bytes) {
+        Some(left) => {
+            budget = left;
+            Ok(())
+        }
+        None => Err(Error::unsupported(format!(
+            "the snapshots and bitmaps of node '{}' have tables of more than {MAX_INACTIVE_BYTES} bytes, \
+             too much to be kept safe from writes: open it read-only",
+            source.node
+        ))),
+    };
+    if header.snapshots > 0 {
+        let rest = source.root.bytes().saturating_sub(header.snapshots_offset);
+        let most = rest.min(MAX_TABLE_BYTES);
+        let table = source
+            .read("snapshot table", header.snapshots_offset, most)
+            .await?;
+        let (snapshots, bytes) = Snapshot::parse_table(&table, header.snapshots)
+            .map_err(|error| source.corrupt(error))?;
+        mark(metadata, header.snapshots_offset, bytes as u64);
+        for snapshot in &snapshots {
+            let bytes = 8 * u64::from(snapshot.l1_entries);
+            spend(bytes)?;
+            let l1 = source
+                .read("L1 table of a snapshot", snapshot.l1_offset, bytes)
+                .await?;
+            mark(metadata, snapshot.l1_offset, bytes);
+            mark_tables(metadata, &words(&l1).map(L1Entry).collect::<Vec<_>>());
+        }
+    }
+    let Some(directory) = &header.extensions.bitmaps else {
+        return Ok(());
+    };
+    let bytes = source
+        .read("bitmap directory", directory.offset, directory.bytes)
+        .await?;
+    mark(metadata, directory.offset, directory.bytes);
+    let bitmaps =
+        Bitmap::parse_directory(&bytes, directory.bitmaps, header.bytes, header.geometry())
+            .map_err(|error| source.corrupt(error))?;
+    for bitmap in &bitmaps {
+        let bytes = 8 * u64::from(bitmap.table_entries);
+        spend(bytes)?;
+        let table = source
+            .read("table of a bitmap", bitmap.table_offset, bytes)
+            .await?;
+        mark(metadata, bitmap.table_offset, bytes);
+        for entry in words(&table) {
+            if let Ok(BitmapCluster::Data(host)) = BitmapCluster::parse(entry, header.geometry()) {
+                mark(metadata, host, metadata.cluster_bytes());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// How much of an image's metadata is kept in memory.
+#[derive(Debug, PartialEq, Eq)]
+struct CacheSizes {
+    slice_bytes: u64,
+    slices: u64,
+    blocks: u64,
+}
+
+impl CacheSizes {
+    /// As QEMU's options have it: what is left out follows from what is given.
+    fn new(
+        options: &Options,
+        geometry: Geometry,
+        disk_bytes: u64,
+        node: &str,
+    ) -> Result<Self, Error> {
+        let given = |name: &str| match options.get(name) {
+            None | Some("") => None,
+            Some(_) => Some(options.size(OPTIONS, name)),
+        };
+        let (total, l2, blocks) = (
+            given("cache-size"),
+            given("l2-cache-size"),
+            given("refcount-cache-size"),
+        );
+        let refuse = |why: &str| Err(Error::invalid(format!("node '{node}': {why}")));
+        let cluster = geometry.cluster_bytes();
+        let least_blocks = LEAST_BLOCKS * cluster;
+        let needed = geometry.clusters(disk_bytes) * geometry.entry_bytes();
+        let (l2, blocks) = match (total, l2, blocks) {
+            (Some(_), Some(_), Some(_)) => {
+                return refuse(
+                    "'cache-size', 'l2-cache-size' and 'refcount-cache-size' may not be set at the same time",
+                );
+            }
+            (Some(total), Some(l2), None) if l2 <= total => (l2, total - l2),
+            (Some(total), None, Some(blocks)) if blocks <= total => (total - blocks, blocks),
+            (Some(_), Some(_), None) => {
+                return refuse("'l2-cache-size' may not exceed 'cache-size'");
+            }
+            (Some(_), None, Some(_)) => {
+                return refuse("'refcount-cache-size' may not exceed 'cache-size'");
+            }
+            (Some(total), None, None) => {
+                let l2 = needed.min(total.saturating_sub(least_blocks));
+                (l2, total - l2)
+            }
+            (None, l2, blocks) => (
+                l2.unwrap_or(needed.min(DEFAULT_L2_BYTES)),
+                blocks.unwrap_or(least_blocks),
+            ),
+        };
+        let slice_bytes = given("l2-cache-entry-size").unwrap_or(DEFAULT_SLICE_BYTES.min(cluster));
+        if !slice_bytes.is_power_of_two() || !(512..=cluster).contains(&slice_bytes) {
+            return refuse(
+                "'l2-cache-entry-size' must be a power of two from 512 to the cluster size",
+            );
+        }
+        let disk_slices = needed.div_ceil(slice_bytes);
+        // Where there is room for all of the disk's, no more than these are ever kept, however many slots
+        // there are; with fewer slots than slices some would be evicted for others.
+        let slices = match l2 / slice_bytes {
+            room if room >= disk_slices => disk_slices.next_power_of_two(),
+            room => room,
+        };
+        Ok(Self {
+            slice_bytes,
+            slices: slices.max(WAYS as u64),
+            blocks: (blocks / cluster).max(LEAST_BLOCKS),
+        })
+    }
+}

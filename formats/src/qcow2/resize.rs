@@ -1,0 +1,263 @@
+//! Changing the length of the disk.
+
+use std::sync::atomic::Ordering;
+
+use blockcore::IoError;
+use blockcore::driver::{Preallocation, TruncateFlags, WriteFlags, ZeroFlags};
+use blockcore::io::Io;
+use blockcore::io::buffer::Segments;
+
+use super::alloc::Class;
+use super::image::{FILE, Image, write_bytes};
+use super::layout::HostOffset;
+use super::layout::entry::{Kind, L1Entry, L2Entry};
+use super::layout::header::MAX_L1_BYTES;
+use super::limbo::{Cause, Freed};
+
+/// Where in the header the length is.
+const HEADER_BYTES: HostOffset = HostOffset(24);
+/// Where in the header the L1 table's size and offset are.
+const HEADER_L1: HostOffset = HostOffset(36);
+/// How much is preallocated at once.
+const PIECE_BYTES: u64 = 64 << 20;
+
+impl Image {
+    pub(super) async fn resize(
+        &self,
+        io: Io<'_>,
+        bytes: u64,
+        preallocation: Preallocation,
+        flags: TruncateFlags,
+    ) -> Result<(), IoError> {
+        let (snapshots, version) = {
+            let header = self.header();
+            (header.snapshots, header.version)
+        };
+        if snapshots > 0 && version < 3 {
+            // A snapshot of version 2 does not know how long its disk was.
+            return Err(IoError::Unsupported);
+        }
+        let before = self.bytes();
+        if bytes < before {
+            return self.shrink(io, before, bytes).await;
+        }
+        self.grow_l1(io, bytes).await?;
+        if self.geometry.data_file && self.raw_data_file() {
+            let data = io.child(self.data_child());
+            let off = TruncateFlags::empty();
+            data.truncate(bytes, false, Preallocation::Off, off).await?;
+        }
+        self.set_length(io, bytes).await?;
+        if bytes == before {
+            return Ok(());
+        }
+        if flags.contains(TruncateFlags::ZERO) {
+            self.cover(io, before, bytes).await?;
+        }
+        self.preallocate(io, before, bytes, preallocation).await
+    }
+
+    /// Makes what was added read as zeroes, whatever a backing node has there.
+    async fn cover(&self, io: Io<'_>, before: u64, bytes: u64) -> Result<(), IoError> {
+        let unit = self.geometry.subcluster_bytes();
+        let whole = before.next_multiple_of(unit).min(bytes);
+        self.write_zero_buffers(io, before, whole).await?;
+        if whole == bytes {
+            return Ok(());
+        }
+        match self
+            .write_zeroes(io, whole, bytes - whole, ZeroFlags::MAY_UNMAP)
+            .await
+        {
+            Err(IoError::Unsupported) => self.write_zero_buffers(io, whole, bytes).await,
+            result => result,
+        }
+    }
+
+    async fn write_zero_buffers(&self, io: Io<'_>, begin: u64, end: u64) -> Result<(), IoError> {
+        let most = (1 << 20).min(end - begin);
+        let zeroes = Segments::allocate(most as usize, 4096);
+        zeroes.fill(0);
+        let mut next = begin;
+        while next < end {
+            let bytes = most.min(end - next);
+            self.write(io, next, zeroes.slice(0, bytes)).await?;
+            next += bytes;
+        }
+        Ok(())
+    }
+
+    /// Gives clusters that have been added their places.
+    async fn preallocate(
+        &self,
+        io: Io<'_>,
+        before: u64,
+        bytes: u64,
+        preallocation: Preallocation,
+    ) -> Result<(), IoError> {
+        if preallocation == Preallocation::Off {
+            return Ok(());
+        }
+        let g = self.geometry;
+        let mut next = before.next_multiple_of(g.cluster_bytes());
+        while next < bytes {
+            let table_end = (self.l1_index(next) as u64 + 1) * g.table_covers();
+            let until = bytes.min(table_end).min(next + PIECE_BYTES);
+            let first = next >> g.cluster_bits;
+            let wanted = g.clusters(until) - first;
+            let _turn = self
+                .turns
+                .begin(next, g.clusters(until) << g.cluster_bits, true)
+                .await;
+            self.own_table(io, self.l1_index(next)).await?;
+            let entry = self.entry(io, first).await?;
+            if entry.host(g).is_some() || entry.is_compressed() {
+                next += g.cluster_bytes();
+                continue;
+            }
+            let place = match g.data_file {
+                true => super::alloc::Reserved {
+                    start: first,
+                    count: wanted,
+                    zeroed: false,
+                },
+                false => self.allocate(io, Class::Data, wanted).await?,
+            };
+            let host = place.start << g.cluster_bits;
+            let length = place.count << g.cluster_bits;
+            let child = io.child(self.data_child());
+            match preallocation {
+                Preallocation::Full => {
+                    let zeroes = Segments::allocate((1 << 20).min(length) as usize, 4096);
+                    zeroes.fill(0);
+                    let mut at = 0;
+                    while at < length {
+                        let part = zeroes.slice(0, zeroes.bytes().min(length - at));
+                        let written = part.bytes();
+                        child.write(host + at, part, WriteFlags::empty()).await?;
+                        at += written;
+                    }
+                }
+                Preallocation::Metadata if place.zeroed => {}
+                _ => {
+                    child.write_zeroes(host, length, ZeroFlags::empty()).await?;
+                }
+            }
+            self.publish(io, first, place.count, |cluster, old| {
+                match old.is_all(Kind::Absent, g) || old.is_all(Kind::Zero, g) {
+                    true => {
+                        let host = (place.start + cluster - first) << g.cluster_bits;
+                        L2Entry::data(HostOffset(host), g)
+                    }
+                    false => old,
+                }
+            })
+            .await?;
+            next += length;
+        }
+        self.commit(io).await
+    }
+
+    /// Cuts the disk off at `bytes`. Nothing is under way behind that.
+    async fn shrink(&self, io: Io<'_>, before: u64, bytes: u64) -> Result<(), IoError> {
+        let g = self.geometry;
+        let whole = bytes.next_multiple_of(g.cluster_bytes());
+        let kept = whole.min(before);
+        if kept > bytes && !self.is_zero(io, bytes, kept - bytes).await? {
+            // What grows there again is zero.
+            self.write_zero_buffers(io, bytes, kept).await?;
+        }
+        // The length first: a crash leaves clusters that nobody sees, and no disk without its end.
+        self.commit(io).await?;
+        self.set_length(io, bytes).await?;
+        let tables = g.l1_entries(before);
+        for l1_index in self.l1_index(whole)..tables as usize {
+            if self.l1().get(l1_index).table().is_none() {
+                continue;
+            }
+            self.own_table(io, l1_index).await?;
+            let begin = whole.max(l1_index as u64 * g.table_covers()) >> g.cluster_bits;
+            let end = (l1_index as u64 + 1) * g.table_entries();
+            for cluster in begin..end {
+                self.entry(io, cluster).await?;
+            }
+            self.publish_for(io, begin, end - begin, Cause::Request, |_, _| {
+                L2Entry::default()
+            })
+            .await?;
+        }
+        if g.data_file {
+            let data = io.child(self.data_child());
+            let off = TruncateFlags::empty();
+            if data.bytes() > bytes {
+                data.truncate(bytes, false, Preallocation::Off, off).await?;
+            }
+        }
+        self.commit(io).await
+    }
+
+    async fn set_length(&self, io: Io<'_>, bytes: u64) -> Result<(), IoError> {
+        io.child(FILE).flush().await?;
+        write_bytes(io, HEADER_BYTES, &bytes.to_be_bytes()).await?;
+        io.child(FILE).flush().await?;
+        self.header().bytes = bytes;
+        self.bytes.store(bytes, Ordering::Release);
+        Ok(())
+    }
+
+    /// Makes an L1 table that is long enough for a disk of `bytes`.
+    async fn grow_l1(&self, io: Io<'_>, bytes: u64) -> Result<(), IoError> {
+        let g = self.geometry;
+        let needed = g.l1_entries(bytes);
+        let (old_place, old_entries) = {
+            let l1 = self.l1();
+            (l1.place, l1.entries.len() as u64)
+        };
+        if needed <= old_entries {
+            return Ok(());
+        }
+        if needed * 8 > MAX_L1_BYTES {
+            return Err(IoError::OutOfRange);
+        }
+        // What the old one does not have yet is in the image before the new one takes its place.
+        self.commit(io).await?;
+        let clusters = g.clusters(needed * 8);
+        let place = self.allocate_side_by_side(io, clusters).await?;
+        let mut entries = self.l1().entries.clone();
+        entries.resize(needed as usize, L1Entry::default());
+        let table: Vec<u8> = entries
+            .iter()
+            .flat_map(|entry| entry.0.to_be_bytes())
+            .collect();
+        self.metadata.add(place, clusters << g.cluster_bits);
+        write_bytes(io, place, &table).await?;
+        // The counts of its clusters too, before anything refers to them.
+        self.commit(io).await?;
+        let mut fields = (needed as u32).to_be_bytes().to_vec();
+        fields.extend(place.0.to_be_bytes());
+        write_bytes(io, HEADER_L1, &fields).await?;
+        io.child(FILE).flush().await?;
+        {
+            let mut header = self.header();
+            header.l1_entries = needed as u32;
+            header.l1_offset = place.0;
+        }
+        {
+            let mut l1 = self.l1();
+            l1.place = place;
+            l1.entries = entries;
+        }
+        let old_clusters = g.clusters(old_entries * 8);
+        if old_clusters > 0 {
+            let old_bytes = old_clusters << g.cluster_bits;
+            self.metadata.remove(old_place, old_bytes);
+            let freed = Freed {
+                host: old_place,
+                clusters: old_clusters,
+                cause: Cause::Other,
+            };
+            self.free(io, freed);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,224 @@
+//! Images on the host, opened by us in this process or used by QEMU's tools.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::rc::Rc;
+
+use blockcore::Error;
+use blockcore::driver::{Preallocation, Status, StatusFlags, TruncateFlags, WriteFlags, ZeroFlags};
+use blockcore::engine::{EngineChoice, make};
+use blockcore::graph::permission::Permissions;
+use blockcore::graph::{Control, Graph, RootId, RootSpec};
+use blockcore::io::buffer::Segments;
+use blockcore::io::{IoContext, RequestKind, Root};
+use blockcore::options::Options;
+
+/// Runs one of QEMU's tools, which must succeed, and gives what it prints.
+pub(crate) fn qemu(tool: &str, arguments: &[&str]) -> String {
+    let output = qemu_output(tool, arguments);
+    assert!(
+        output.status.success(),
+        "{tool} {arguments:?}: {}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout).expect("it prints text")
+}
+
+/// Runs one of QEMU's tools.
+pub(crate) fn qemu_output(tool: &str, arguments: &[&str]) -> Output {
+    let output = Command::new(tool).args(arguments).output();
+    output.unwrap_or_else(|error| panic!("{tool} cannot be run: {error}"))
+}
+
+/// An image must be whole, without leaks, by QEMU's judgement.
+pub(crate) fn assert_clean(image: &Path, when: &str) {
+    let image = image.to_str().expect("a path of ours");
+    let output = qemu_output("qemu-img", &["check", "-f", "qcow2", image]);
+    assert!(
+        output.status.success(),
+        "{when}: {}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+/// What a guest would read of an image, by QEMU's judgement.
+pub(crate) fn contents(image: &Path) -> Vec<u8> {
+    let raw = image.with_extension("contents");
+    let (from, to) = (image.to_str().unwrap(), raw.to_str().unwrap());
+    qemu(
+        "qemu-img",
+        &["convert", "-f", "qcow2", "-O", "raw", from, to],
+    );
+    let bytes = std::fs::read(&raw).expect("just made");
+    std::fs::remove_file(&raw).expect("just made");
+    bytes
+}
+
+/// A graph in this process.
+pub(crate) struct Process {
+    context: Rc<IoContext>,
+    control: Control,
+}
+
+/// A disk that is open in this process.
+pub(crate) struct Disk {
+    context: Rc<IoContext>,
+    control: Control,
+    pub(crate) root: Rc<Root>,
+    id: RootId,
+}
+
+impl Process {
+    pub(crate) fn new() -> Self {
+        let context = IoContext::new(make(EngineChoice::Auto).expect("an engine"));
+        let control = Control::new(Graph::new(formats::drivers()), Rc::clone(&context));
+        Self { context, control }
+    }
+
+    /// Opens what options describe, for writing.
+    pub(crate) fn open(&self, options: &str) -> Result<Disk, Error> {
+        let control = self.control.clone();
+        let options = Options::parse(&format!("node-name=disk,{options}"), None)?;
+        let (root, id) = self.context.block_on(async move {
+            control.add(options).await?;
+            let mut spec = RootSpec::writer("a test");
+            spec.needs |= Permissions::RESIZE;
+            let id = control.add_root("disk", spec).await?;
+            Ok::<_, Error>((control.root_here(id)?, id))
+        })?;
+        Ok(Disk {
+            context: Rc::clone(&self.context),
+            control: self.control.clone(),
+            root,
+            id,
+        })
+    }
+}
+
+impl Disk {
+    pub(crate) fn read(&self, offset: u64, bytes: u64) -> Vec<u8> {
+        let root = Rc::clone(&self.root);
+        self.context.block_on(async move {
+            let into = Segments::allocate(bytes as usize, 4096);
+            into.fill(0x5a);
+            root.read(offset, into.clone())
+                .await
+                .expect("it can be read");
+            into.to_vec()
+        })
+    }
+
+    pub(crate) fn write(&self, offset: u64, bytes: &[u8]) {
+        let root = Rc::clone(&self.root);
+        let from = Segments::allocate(bytes.len(), 4096);
+        from.copy_from(bytes);
+        let written = async move { root.write(offset, from, WriteFlags::empty()).await };
+        self.context.block_on(written).expect("it can be written");
+    }
+
+    pub(crate) fn write_compressed(&self, offset: u64, bytes: &[u8]) {
+        let root = Rc::clone(&self.root);
+        let from = Segments::allocate(bytes.len(), 4096);
+        from.copy_from(bytes);
+        let written = async move {
+            let request = root.enter(RequestKind::Write, offset, from.bytes()).await;
+            request.io().write_compressed(offset, from).await
+        };
+        self.context
+            .block_on(written)
+            .expect("it can be compressed");
+    }
+
+    pub(crate) fn write_zeroes(&self, offset: u64, bytes: u64, flags: ZeroFlags) {
+        let root = Rc::clone(&self.root);
+        let written = async move { root.write_zeroes(offset, bytes, flags).await };
+        self.context.block_on(written).expect("it can be zeroed");
+    }
+
+    pub(crate) fn discard(&self, offset: u64, bytes: u64) {
+        let root = Rc::clone(&self.root);
+        let discarded = async move { root.discard(offset, bytes).await };
+        self.context
+            .block_on(discarded)
+            .expect("it can be discarded");
+    }
+
+    pub(crate) fn flush(&self) {
+        let root = Rc::clone(&self.root);
+        let flushed = async move { root.flush().await };
+        self.context.block_on(flushed).expect("it can be flushed");
+    }
+
+    pub(crate) fn resize(&self, bytes: u64) {
+        let root = Rc::clone(&self.root);
+        let resized = async move {
+            let request = root.enter(RequestKind::Truncate, 0, 0).await;
+            let flags = TruncateFlags::empty();
+            request
+                .truncate(bytes, true, Preallocation::Off, flags)
+                .await
+        };
+        self.context.block_on(resized).expect("it can be resized");
+    }
+
+    /// Whether each byte is said to be zero, data, or neither.
+    pub(crate) fn status(&self, offset: u64, bytes: u64) -> Status {
+        let root = Rc::clone(&self.root);
+        self.context.block_on(async move {
+            let request = root.enter(RequestKind::Other, offset, bytes).await;
+            request
+                .block_status(true, offset, bytes)
+                .await
+                .expect("it has a status")
+        })
+    }
+
+    /// What is said to read as zeroes reads as zeroes.
+    pub(crate) fn check_status(&self, model: &[u8]) {
+        let mut offset = 0;
+        while offset < model.len() as u64 {
+            let status = self.status(offset, model.len() as u64 - offset);
+            let end = (offset + status.bytes).min(model.len() as u64);
+            if status.flags.contains(StatusFlags::ZERO) {
+                let part = &model[offset as usize..end as usize];
+                assert!(
+                    part.iter().all(|byte| *byte == 0),
+                    "{status:?} at {offset:#x}"
+                );
+            }
+            offset = end;
+        }
+    }
+
+    pub(crate) fn close(self) -> Result<(), Error> {
+        let Self {
+            context,
+            control,
+            root,
+            id,
+        } = self;
+        drop(root);
+        context.block_on(async move {
+            control.remove_root(id).await?;
+            control.remove("disk").await
+        })
+    }
+}
+
+/// A directory with images in it.
+pub(crate) struct Images {
+    directory: tempfile::TempDir,
+}
+
+impl Images {
+    pub(crate) fn new() -> Self {
+        let directory = tempfile::tempdir().expect("there is room for tests");
+        Self { directory }
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+}

@@ -1,0 +1,169 @@
+//! Checking and repairing damaged images, compared with `qemu-img check`.
+
+use std::collections::BTreeMap;
+use std::fs;
+
+use blockcore::io::RequestKind;
+use formats::qcow2::check::{CheckReport, Repair, check};
+
+use super::corpus::{Base, Differs, KINDS, Kind};
+use super::*;
+
+/// What our own check says; a failure that is no report is an error.
+fn ours(place: &Place, name: &str, repair: Repair) -> Result<CheckReport, Error> {
+    on_file(&place.join(name), move |root| async move {
+        let request = root.enter(RequestKind::Other, 0, 0).await;
+        check(request.io(), repair, &mut |_| ()).await
+    })
+}
+
+/// A check as `qemu-img` does one: after a repair, once more.
+fn ours_as_qemu(place: &Place, name: &str, repair: Repair) -> Result<CheckReport, Error> {
+    let first = ours(place, name, repair)?;
+    if first.corruptions_fixed + first.leaks_fixed == 0 {
+        return Ok(first);
+    }
+    let again = ours(place, name, Repair::Nothing)?;
+    Ok(CheckReport {
+        corruptions_fixed: first.corruptions_fixed,
+        leaks_fixed: first.leaks_fixed,
+        ..again
+    })
+}
+
+/// What `qemu-img check` says: its exit status, and its report if it gives one.
+fn theirs(place: &Place, name: &str, repair: Repair) -> (i32, Option<CheckReport>) {
+    let mut args = vec!["check", "--output=json", "-f", "qcow2"];
+    match repair {
+        Repair::Nothing => {}
+        Repair::Leaks => args.extend(["-r", "leaks"]),
+        Repair::All => args.extend(["-r", "all"]),
+    }
+    args.push(name);
+    let output = qemu_img(place, &args);
+    let code = output.status.code().expect("it ends by itself");
+    let json: Option<Value> = serde_json::from_slice(&output.stdout).ok();
+    let report = json.map(|json| {
+        let field = |name: &str| json.get(name).and_then(Value::as_u64).unwrap_or(0);
+        CheckReport {
+            corruptions: field("corruptions"),
+            leaks: field("leaks"),
+            check_errors: field("check-errors"),
+            corruptions_fixed: field("corruptions-fixed"),
+            leaks_fixed: field("leaks-fixed"),
+            total_clusters: field("total-clusters"),
+            allocated_clusters: field("allocated-clusters"),
+            fragmented_clusters: field("fragmented-clusters"),
+            compressed_clusters: field("compressed-clusters"),
+            image_end_offset: field("image-end-offset"),
+        }
+    });
+    (code, report)
+}
+
+/// The exit status that `qemu-img check` has for a report.
+fn exit(report: &Result<CheckReport, Error>) -> i32 {
+    match report {
+        Err(_) => 1,
+        Ok(report) if report.check_errors > 0 => 1,
+        Ok(report) if report.corruptions > 0 => 2,
+        Ok(report) if report.leaks > 0 => 3,
+        Ok(_) => 0,
+    }
+}
+
+/// Everything that differs, as text.
+fn differences(kind: &Kind, place: &Place, base: &[u8]) -> Vec<String> {
+    let mut all = Vec::new();
+    for repair in [Repair::Nothing, Repair::Leaks, Repair::All] {
+        for name in ["ours", "theirs"] {
+            kind.make(base, &place.join(name));
+        }
+        let before = fs::read(place.join("ours")).expect("it was made");
+        let (code, report) = theirs(place, "theirs", repair);
+        let mine = ours_as_qemu(place, "ours", repair);
+        if repair == Repair::Nothing && fs::read(place.join("ours")).expect("it is there") != before
+        {
+            all.push("a check without repair has written".to_owned());
+        }
+        let mut differ = |what: &str| {
+            let name = kind.name;
+            all.push(format!(
+                "{name}, {repair:?}: {what}\n  {code} {report:?}\n  {mine:?}"
+            ));
+        };
+        let mine_code = exit(&mine);
+        let fails = code == 1;
+        match kind.differs {
+            Differs::QemuFails if fails => {}
+            Differs::Repair if repair != Repair::Nothing => {
+                if mine_code > code {
+                    differ("not repaired as well");
+                }
+            }
+            _ => {
+                if mine_code != code {
+                    differ("another outcome");
+                } else if let (Ok(mine), Some(report)) = (&mine, report)
+                    && !fails
+                    && *mine != report
+                {
+                    let end = CheckReport {
+                        image_end_offset: report.image_end_offset,
+                        ..*mine
+                    };
+                    // Where a repair puts new tables is anybody's choice.
+                    if repair == Repair::Nothing || end != report {
+                        differ("another report");
+                    }
+                }
+            }
+        }
+        if repair == Repair::Nothing || mine.is_err() {
+            continue;
+        }
+        // QEMU's verdict on what was repaired here.
+        let (judged, _) = theirs(place, "ours", Repair::Nothing);
+        // Where it fails on what is left, it cannot judge.
+        if judged != mine_code && !(kind.differs == Differs::QemuFails && mine_code > 0) {
+            differ(&format!("QEMU says {judged} of what was repaired"));
+        }
+        if mine_code == 0 && code == 0 {
+            // Some that a check finds nothing wrong with cannot be read all the same.
+            let map = qemu_img(place, &["map", "-f", "qcow2", "theirs"]);
+            let is_readable = map.status.success();
+            let args = [
+                "compare", "-q", "-f", "qcow2", "-F", "qcow2", "ours", "theirs",
+            ];
+            let output = qemu_img(place, &args);
+            if is_readable && !output.status.success() {
+                differ(&format!("the disk is another one: {output:?}"));
+            }
+        }
+    }
+    all
+}
+
+#[test]
+fn damaged_images_are_counted_and_repaired_as_qemu_does() {
+    let place = Place::new();
+    let wanted = std::env::var("STONEWORK_KIND").ok();
+    let mut bases: BTreeMap<Base, Vec<u8>> = BTreeMap::new();
+    let mut all = Vec::new();
+    for kind in KINDS {
+        if wanted.as_ref().is_some_and(|wanted| wanted != kind.name) {
+            continue;
+        }
+        let base = bases
+            .entry(kind.base)
+            .or_insert_with(|| kind.base.make(&place));
+        all.extend(differences(kind, &place, base));
+    }
+    assert!(
+        all.is_empty(),
+        "{} differences:\n{}",
+        all.len(),
+        all.join("\n")
+    );
+    assert!(KINDS.len() >= 60, "{}", KINDS.len());
+}
