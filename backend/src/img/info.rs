@@ -199,9 +199,10 @@ async fn look_at_child(image: &Image, child: Below, parent: Io<'_>) -> Result<Ch
 }
 
 /// A property of a format as JSON. Words and whole numbers are what they look like; a number with a
-/// point is a version, and text.
-fn property(text: &str) -> Value {
+/// point is a version, and text; and so is what names a file.
+fn property(name: &str, text: &str) -> Value {
     match text {
+        text if name.ends_with("file") => Value::String(text.to_owned()),
         "true" => Value::Bool(true),
         "false" => Value::Bool(false),
         text if text.starts_with(['[', '{']) => {
@@ -216,7 +217,7 @@ fn property(text: &str) -> Value {
 
 fn specific(driver: &DriverInfo) -> Value {
     let properties = driver.specific.iter();
-    let properties = properties.map(|(name, text)| ((*name).to_owned(), property(text)));
+    let properties = properties.map(|(name, text)| ((*name).to_owned(), property(name, text)));
     Value::Object(properties.collect())
 }
 
@@ -290,7 +291,7 @@ impl ImageInfo {
         if !self.driver.specific.is_empty() {
             lines.push("Format specific information:".into());
             for (name, text) in &self.driver.specific {
-                add_property(&mut lines, 4, name, &property(text));
+                add_property(&mut lines, 4, name, &property(name, text));
             }
         }
         for child in &self.children {
@@ -353,7 +354,7 @@ impl ChildInfo {
             lines.push(output::indented(inner, &line));
         }
         for (name, text) in &self.driver.specific {
-            add_property(lines, inner, name, &property(text));
+            add_property(lines, inner, name, &property(name, text));
         }
         for child in &self.children {
             child.add_human(lines, &path, inner);
@@ -404,11 +405,15 @@ mod tests {
 
     #[test]
     fn a_version_is_text_and_a_width_is_a_number() {
-        assert_eq!(property("1.1"), json!("1.1"));
-        assert_eq!(property("16"), json!(16));
-        assert_eq!(property("false"), json!(false));
-        assert_eq!(property("[{\"name\": \"b\"}]"), json!([{"name": "b"}]));
-        assert_eq!(property("[zlib"), json!("[zlib"));
+        assert_eq!(property("compat", "1.1"), json!("1.1"));
+        assert_eq!(property("refcount-bits", "16"), json!(16));
+        assert_eq!(property("corrupt", "false"), json!(false));
+        assert_eq!(property("data-file", "16"), json!("16"));
+        assert_eq!(
+            property("bitmaps", "[{\"name\": \"b\"}]"),
+            json!([{"name": "b"}])
+        );
+        assert_eq!(property("compression-type", "[zlib"), json!("[zlib"));
     }
 
     #[test]
