@@ -6,7 +6,9 @@ use blockcore::Error;
 use clap::Args;
 
 use super::cli::{FormatArgs, parse_cache};
+use super::create::wants_help;
 use super::open::How;
+use super::progress::Progress;
 use super::{Failure, Program};
 use crate::cli::CacheMode;
 
@@ -32,7 +34,7 @@ pub struct AmendArgs {
     #[arg(short, long, value_name = "OPTIONS", required = true)]
     pub options: Vec<String>,
     /// The image
-    pub filename: String,
+    pub filename: Option<String>,
 }
 
 pub(super) async fn run(program: Rc<Program>, args: AmendArgs) -> Result<u8, Failure> {
@@ -40,10 +42,27 @@ pub(super) async fn run(program: Rc<Program>, args: AmendArgs) -> Result<u8, Fai
         cache: args.cache,
         ..How::writing(&args.format)?
     };
-    let image = program.open(&args.filename, &how).await?;
-    Err(Error::unsupported(format!(
-        "options of images of format '{}' cannot be changed",
-        image.format()
-    ))
-    .into())
+    let Some(filename) = &args.filename else {
+        let format = program.format(args.format.format.as_deref().unwrap_or("raw"))?;
+        if wants_help(&args.options) {
+            program.list_options(format)?;
+            return Ok(0);
+        }
+        return Err(Error::invalid("the image to change is not named").into());
+    };
+    let node = program.open_node(filename, &how).await?;
+    let format = program
+        .control
+        .read(|graph| graph.node(&node).map(|node| node.driver_type()))?;
+    if wants_help(&args.options) {
+        program.list_options(format)?;
+        return Ok(0);
+    }
+    let options = program.creation_options(format, &args.options)?;
+    let progress = Progress::new(&program.output, args.progress && !args.quiet);
+    program.control.amend(&node, options, args.force).await?;
+    progress.finish();
+    drop(progress);
+    program.control.remove(&node).await?;
+    Ok(0)
 }

@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use blockcore::driver::DriverInfo;
+use blockcore::driver::{DriverInfo, SnapshotInfo};
 use blockcore::filename::full_backing_name;
 use blockcore::graph::NodeId;
 use blockcore::io::Io;
@@ -44,7 +44,7 @@ struct ImageInfo {
     allocated: Option<u64>,
     driver: DriverInfo,
     backing: Option<Backing>,
-    snapshots: Vec<snapshot::Listed>,
+    snapshots: Vec<SnapshotInfo>,
     children: Vec<ChildInfo>,
 }
 
@@ -135,7 +135,8 @@ async fn look(image: &Image) -> Result<ImageInfo, Error> {
         allocated,
         driver: image.look(|node| node.io().info()),
         backing,
-        snapshots: snapshot::list(image).await?,
+        snapshots: snapshot::list(&image.control, &image.look(|node| node.name().to_owned()))
+            .await?,
         children,
     })
 }
@@ -246,7 +247,7 @@ impl ImageInfo {
             }
         }
         if !self.snapshots.is_empty() {
-            let snapshots = self.snapshots.iter().map(snapshot::Listed::json);
+            let snapshots = self.snapshots.iter().map(snapshot::to_json);
             info.insert("snapshots".into(), Value::Array(snapshots.collect()));
         }
         if !self.driver.specific.is_empty() {

@@ -3,6 +3,8 @@
 use std::rc::Rc;
 
 use blockcore::Error;
+use blockcore::driver::{DriverType, Measured};
+use blockcore::options::Options;
 use clap::Args;
 use serde_json::json;
 
@@ -40,70 +42,80 @@ pub struct MeasureArgs {
     pub filename: Option<String>,
 }
 
-/// What an image needs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Measure {
-    /// Bytes at first.
-    required: u64,
-    /// Bytes when all of it has been written.
-    fully_allocated: u64,
-}
-
 pub(super) async fn run(program: Rc<Program>, args: MeasureArgs) -> Result<u8, Failure> {
-    let format = program.creatable(&args.target_format)?;
+    let format = program.format(&args.target_format)?;
     if wants_help(&args.options) {
         program.list_options(format)?;
         return Ok(0);
     }
-    program.creation_options(format, &args.options)?;
-    if !is_plain(format) {
-        return Err(Error::unsupported(format!(
-            "this version of stonework cannot measure images of format '{}'",
-            format.name
-        ))
-        .into());
-    }
+    let mut options = program.creation_options(format, &args.options)?;
     if args.snapshot.is_some() {
         return Err(Error::unsupported(
             "this version of stonework cannot measure snapshots inside images",
         )
         .into());
     }
-    let bytes = match (&args.filename, args.size) {
-        (None, Some(bytes)) => bytes,
+    let measured = match (&args.filename, args.size) {
+        (None, Some(bytes)) => {
+            let bytes = bytes.next_multiple_of(SECTOR_BYTES);
+            options.set("size", bytes.to_string());
+            program.measure(format, options, None, bytes).await?
+        }
         (Some(filename), None) => {
             let how = How {
                 force_share: args.force_share,
                 ..How::reading(&args.format, Probing::Allowed)?
             };
             let image = program.open(filename, &how).await?;
-            let bytes = image.bytes();
+            let bytes = image.bytes().next_multiple_of(SECTOR_BYTES);
+            options.set("size", bytes.to_string());
+            let node = image.look(|node| node.name().to_owned());
+            let measured = program.measure(format, options, Some(&node), bytes).await?;
             image.close().await?;
-            bytes
+            measured
         }
         (None, None) => return Err(Error::invalid("either --size or an image is needed").into()),
         (Some(_), Some(_)) => {
             return Err(Error::invalid("--size and an image cannot be given together").into());
         }
     };
-    let bytes = bytes.next_multiple_of(SECTOR_BYTES);
-    let measure = Measure {
-        required: bytes,
-        fully_allocated: bytes,
-    };
-    print(&program, args.output, measure)?;
+    print(&program, args.output, &measured)?;
     Ok(0)
 }
 
-fn print(program: &Program, format: OutputFormat, measure: Measure) -> Result<(), Error> {
-    match format {
-        OutputFormat::Human => {
-            program.say(format!("required size: {}", measure.required))?;
-            program.say(format!("fully allocated size: {}", measure.fully_allocated))
+impl Program {
+    /// How large an image of a disk of so many bytes becomes.
+    async fn measure(
+        &self,
+        format: &DriverType,
+        options: Options,
+        node: Option<&str>,
+        bytes: u64,
+    ) -> Result<Measured, Error> {
+        if format.measure.is_none() && is_plain(format) {
+            return Ok(Measured {
+                required_bytes: bytes,
+                fully_allocated_bytes: bytes,
+                bitmaps_bytes: None,
+            });
         }
-        OutputFormat::Json => program.say(output::json(&json!({
-            "required": measure.required,
-            "fully-allocated": measure.fully_allocated,
-        }))),
+        self.control.measure(format.name, options, node).await
     }
+}
+
+fn print(program: &Program, format: OutputFormat, measured: &Measured) -> Result<(), Error> {
+    let (required, full) = (measured.required_bytes, measured.fully_allocated_bytes);
+    if format == OutputFormat::Human {
+        program.say(format!("required size: {required}"))?;
+        program.say(format!("fully allocated size: {full}"))?;
+        return match measured.bitmaps_bytes {
+            Some(bytes) => program.say(format!("bitmaps size: {bytes}")),
+            None => Ok(()),
+        };
+    }
+    let mut value = json!({"required": required, "fully-allocated": full});
+    if let Some(bytes) = measured.bitmaps_bytes {
+        value["bitmaps"] = json!(bytes);
+    }
+    program.say(output::json(&value))
 }

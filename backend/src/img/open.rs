@@ -102,6 +102,19 @@ impl Program {
         self.open_options(name, options, how).await
     }
 
+    /// Opens the node of the image called `name` without using it: for what control does with a node that
+    /// nobody may use meanwhile. Returns the node's name.
+    ///
+    /// # Errors
+    ///
+    /// As [`open`](Self::open).
+    pub(super) async fn open_node(&self, name: &str, how: &How) -> Result<String, Error> {
+        let options = self.node_options(name, how).await?;
+        let node = options.get("node-name").unwrap_or("").to_owned();
+        self.control.add(options).await?;
+        Ok(node)
+    }
+
     /// Opens an image by the options of its node, which has a name.
     pub(super) async fn open_options(
         &self,

@@ -2,12 +2,14 @@
 
 use std::rc::Rc;
 
-use blockcore::Error;
+use blockcore::driver::{SnapshotInfo, SnapshotRef, SnapshotSpec};
+use blockcore::graph::Control;
+use blockcore::{Error, ErrorKind};
 use clap::Args;
 use serde_json::{Value, json};
 
 use super::cli::FormatArgs;
-use super::open::{How, Image, Probing};
+use super::open::{How, Probing};
 use super::{Failure, Program};
 
 /// `stonework img snapshot`.
@@ -38,21 +40,6 @@ pub struct SnapshotArgs {
     pub filename: String,
 }
 
-/// A snapshot as it is listed.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Listed {
-    pub(super) id: String,
-    pub(super) name: String,
-    /// Of the machine's state that is with it.
-    pub(super) state_bytes: u64,
-    pub(super) date_sec: u64,
-    pub(super) date_nsec: u32,
-    /// What the machine's clock said.
-    pub(super) clock_nsec: u64,
-    /// How many instructions it had executed, if they were counted.
-    pub(super) instructions: Option<u64>,
-}
-
 pub(super) async fn run(program: Rc<Program>, args: SnapshotArgs) -> Result<u8, Failure> {
     let changes = args.apply.is_some() || args.create.is_some() || args.delete.is_some();
     let how = match changes {
@@ -63,30 +50,45 @@ pub(super) async fn run(program: Rc<Program>, args: SnapshotArgs) -> Result<u8, 
             ..How::reading(&args.format, Probing::Allowed)?
         },
     };
-    let image = program.open(&args.filename, &how).await?;
-    if changes {
-        return Err(Error::unsupported(format!(
-            "images of format '{}' hold no snapshots",
-            image.format()
-        ))
-        .into());
+    let node = program.open_node(&args.filename, &how).await?;
+    let control = &program.control;
+    let named = async |text: &str| {
+        let snapshots = control.snapshots(&node).await?;
+        Ok::<_, Error>(SnapshotRef::id_or_name(text, &snapshots))
+    };
+    if let Some(name) = args.create {
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
+        let spec = SnapshotSpec {
+            name,
+            seconds: u64::try_from(now.tv_sec).unwrap_or(0),
+            nanoseconds: u32::try_from(now.tv_nsec).unwrap_or(0),
+            ..SnapshotSpec::default()
+        };
+        control.take_snapshot(&node, spec).await?;
+    } else if let Some(text) = args.apply {
+        control.apply_snapshot(&node, &named(&text).await?).await?;
+    } else if let Some(text) = args.delete {
+        control.delete_snapshot(&node, &named(&text).await?).await?;
+    } else {
+        let snapshots = list(control, &node).await?;
+        if !snapshots.is_empty() {
+            program.say(table(&snapshots))?;
+        }
     }
-    let snapshots = list(&image).await?;
-    if !snapshots.is_empty() {
-        program.say(table(&snapshots))?;
-    }
-    image.close().await?;
+    control.remove(&node).await?;
     Ok(0)
 }
 
-/// The snapshots in an image.
-pub(super) async fn list(image: &Image) -> Result<Vec<Listed>, Error> {
-    let _ = image;
-    Ok(Vec::new())
+/// The snapshots in an image; none in one that cannot have any.
+pub(super) async fn list(control: &Control, node: &str) -> Result<Vec<SnapshotInfo>, Error> {
+    match control.snapshots(node).await {
+        Err(error) if error.kind() == ErrorKind::Unsupported => Ok(Vec::new()),
+        listed => listed,
+    }
 }
 
 /// Snapshots as `qemu-img` lists them, without the last line's end.
-pub(super) fn table(snapshots: &[Listed]) -> String {
+pub(super) fn table(snapshots: &[SnapshotInfo]) -> String {
     let row = |cells: [&str; 6]| {
         let [id, tag, size, date, clock, instructions] = cells;
         format!("{id:<7} {tag:<16} {size:>8} {date:>19} {clock:>15} {instructions:>10}")
@@ -96,7 +98,7 @@ pub(super) fn table(snapshots: &[Listed]) -> String {
         row(["ID", "TAG", "VM_SIZE", "DATE", "VM_CLOCK", "ICOUNT"]),
     ];
     for snapshot in snapshots {
-        let size = super::output::size(snapshot.state_bytes);
+        let size = super::output::size(snapshot.vm_state_bytes);
         let instructions = snapshot
             .instructions
             .map_or("--".into(), |count| count.to_string());
@@ -104,8 +106,8 @@ pub(super) fn table(snapshots: &[Listed]) -> String {
             &snapshot.id,
             &snapshot.name,
             &size,
-            &date(snapshot.date_sec),
-            &clock(snapshot.clock_nsec),
+            &date(snapshot.seconds),
+            &clock(snapshot.vm_clock_ns),
             &instructions,
         ]));
     }
@@ -135,23 +137,21 @@ fn date(sec: u64) -> String {
     format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02}")
 }
 
-impl Listed {
-    /// As QMP's `SnapshotInfo`.
-    pub(super) fn json(&self) -> Value {
-        let mut value = json!({
-            "id": self.id,
-            "name": self.name,
-            "vm-state-size": self.state_bytes,
-            "date-sec": self.date_sec,
-            "date-nsec": self.date_nsec,
-            "vm-clock-sec": self.clock_nsec / 1_000_000_000,
-            "vm-clock-nsec": self.clock_nsec % 1_000_000_000,
-        });
-        if let Some(count) = self.instructions {
-            value["icount"] = json!(count);
-        }
-        value
+/// A snapshot as QMP's `SnapshotInfo`.
+pub(super) fn to_json(snapshot: &SnapshotInfo) -> Value {
+    let mut value = json!({
+        "id": snapshot.id,
+        "name": snapshot.name,
+        "vm-state-size": snapshot.vm_state_bytes,
+        "date-sec": snapshot.seconds,
+        "date-nsec": snapshot.nanoseconds,
+        "vm-clock-sec": snapshot.vm_clock_ns / 1_000_000_000,
+        "vm-clock-nsec": snapshot.vm_clock_ns % 1_000_000_000,
+    });
+    if let Some(count) = snapshot.instructions {
+        value["icount"] = json!(count);
     }
+    value
 }
 
 #[cfg(test)]
@@ -173,14 +173,13 @@ mod tests {
 
     #[test]
     fn the_table_is_as_wide_as_qemus() {
-        let snapshot = Listed {
+        let snapshot = SnapshotInfo {
             id: "1".into(),
             name: "s1".into(),
-            state_bytes: 0,
-            date_sec: 1_795_179_737,
-            date_nsec: 0,
-            clock_nsec: 3_723_004_000_000,
+            seconds: 1_795_179_737,
+            vm_clock_ns: 3_723_004_000_000,
             instructions: Some(0),
+            ..SnapshotInfo::default()
         };
         assert_eq!(
             table(&[snapshot]),

@@ -176,6 +176,7 @@
 //! ```
 
 mod control;
+mod image;
 mod io;
 mod limits;
 
@@ -189,6 +190,7 @@ use futures_util::future::LocalBoxFuture;
 pub use self::control::{
     Activation, BackingName, ChildPermissions, ChildQuery, Driver, ReopenRequest, Reopened,
 };
+pub use self::image::{CheckReport, Fix, Measured, SnapshotInfo, SnapshotRef, SnapshotSpec};
 pub use self::io::{
     CopyFlags, DriverInfo, DriverIo, Mapping, Place, Preallocation, SnapshotIo, Status,
     StatusFlags, TruncateFlags, WriteFlags, ZeroFlags,
@@ -274,6 +276,8 @@ pub struct DriverType {
     pub create_on: Option<CreateOnFn>,
     /// What [`create`](Self::create) and [`create_on`](Self::create_on) take, children excepted.
     pub create_options: &'static [OptionSpec],
+    /// How large an image becomes; `None` if the driver cannot tell.
+    pub measure: Option<MeasureFn>,
 }
 
 /// How much of an image a probe sees.
@@ -301,6 +305,10 @@ pub struct NewChild {
     /// How the image is to call it, where it has to: relative to the image's own place.
     pub name: String,
 }
+/// Works out how large an image becomes that is made with these creation options: empty, or with what can
+/// be read there. Without the latter, the options say how long the disk is.
+pub type MeasureFn =
+    fn(Options, Option<Rc<Root>>) -> LocalBoxFuture<'static, Result<Measured, Error>>;
 
 impl DriverType {
     /// What a filter's author starts from: no options, and one child called `file`.
@@ -322,6 +330,7 @@ impl DriverType {
         create: None,
         create_on: None,
         create_options: &[],
+        measure: None,
     };
 
     /// What a protocol's author starts from: no options and no children.
@@ -400,6 +409,9 @@ pub struct OpenModes {
     pub force_share: bool,
     /// Metadata may be stale and must not be written: another process owns the image for now.
     pub inactive: bool,
+    /// Only to be checked, and perhaps repaired: what is wrong with the image's metadata is for the check
+    /// to say and refuses nothing that it can do without, and there is no backing node.
+    pub check: bool,
 }
 
 /// What becomes of written zeroes.

@@ -177,6 +177,16 @@ impl Inherited {
             detect_zeroes: DetectZeroes::Off,
             force_share: false,
             inactive: false,
+            check: false,
+        },
+        role: None,
+    };
+
+    /// As that, for an image that is opened to be checked.
+    pub(super) const TO_CHECK: Self = Self {
+        modes: OpenModes {
+            check: true,
+            ..Self::NOTHING.modes
         },
         role: None,
     };
@@ -192,8 +202,13 @@ impl Inherited {
     /// parent; a backing node is only read, and others write where the parent may. Discards that have
     /// come through the parent are honoured.
     fn defaults(self) -> OpenModes {
-        let modes = self.modes;
-        let Some(role) = self.role else { return modes };
+        let Some(role) = self.role else {
+            return self.modes;
+        };
+        let modes = OpenModes {
+            check: false,
+            ..self.modes
+        };
         if role.contains(Role::COW) {
             return OpenModes {
                 read_only: true,
@@ -246,6 +261,7 @@ pub(super) fn modes_of(
         },
         force_share: own("force-share", defaults.force_share),
         inactive: defaults.inactive,
+        check: defaults.check,
     };
     if modes.force_share && !modes.read_only {
         return Err(Error::invalid(format!(
@@ -332,7 +348,7 @@ impl Change {
             }
             self.open_named_children(id, modes, &said).await?;
             let backing = self.state().nodes[&id].backing.clone();
-            if let Some(backing) = backing.filter(|_| !backing_is_said) {
+            if let Some(backing) = backing.filter(|_| !backing_is_said && !modes.check) {
                 self.open_backing(id, modes, backing).await?;
             }
             Ok(id)

@@ -3,6 +3,7 @@
 mod chain;
 mod change;
 mod drain;
+mod image;
 mod named;
 mod permissions;
 mod pipeline;
