@@ -272,6 +272,10 @@ pub struct DriverType {
     pub open: OpenFn,
     /// Makes an image; `None` if the driver has nothing to make.
     pub create: Option<CreateFn>,
+    /// Makes an image on nodes that there are, in place of what they hold; `None` if the driver cannot.
+    pub create_on: Option<CreateOnFn>,
+    /// What [`create`](Self::create) and [`create_on`](Self::create_on) take, children excepted.
+    pub create_options: &'static [OptionSpec],
     /// How large an image becomes; `None` if the driver cannot tell.
     pub measure: Option<MeasureFn>,
 }
@@ -288,6 +292,19 @@ pub type OpenFn = fn(OpenRequest) -> LocalBoxFuture<'static, Result<Opened, Erro
 /// Makes an image from the driver's creation options; a failed creation leaves nothing behind.
 pub type CreateFn = fn(Rc<IoContext>, Options) -> LocalBoxFuture<'static, Result<(), Error>>;
 
+/// Makes an image on its children, given in the order of the driver's type, from the driver's creation
+/// options. Of a failed creation no image is left.
+pub type CreateOnFn =
+    fn(Vec<Option<NewChild>>, Options) -> LocalBoxFuture<'static, Result<(), Error>>;
+
+/// A node on which an image is made.
+#[derive(Clone)]
+pub struct NewChild {
+    /// Reads, writes and resizes it.
+    pub root: Rc<Root>,
+    /// How the image is to call it, where it has to: relative to the image's own place.
+    pub name: String,
+}
 /// Works out how large an image becomes that is made with these creation options: empty, or with what can
 /// be read there. Without the latter, the options say how long the disk is.
 pub type MeasureFn =
@@ -311,6 +328,8 @@ impl DriverType {
         prefixes: &[],
         open: |_| unreachable!("a driver says how it opens"),
         create: None,
+        create_on: None,
+        create_options: &[],
         measure: None,
     };
 
