@@ -18,7 +18,11 @@ pub(crate) fn ours(place: &Place, name: &str, repair: Repair) -> Result<CheckRep
 }
 
 /// A check as `qemu-img` does one: after a repair, once more.
-fn ours_as_qemu(place: &Place, name: &str, repair: Repair) -> Result<CheckReport, Error> {
+pub(crate) fn ours_as_qemu(
+    place: &Place,
+    name: &str,
+    repair: Repair,
+) -> Result<CheckReport, Error> {
     let first = ours(place, name, repair)?;
     if first.corruptions_fixed + first.leaks_fixed == 0 {
         return Ok(first);
@@ -169,7 +173,7 @@ fn damaged_images_are_counted_and_repaired_as_qemu_does() {
 }
 
 /// What repairs do to these takes every way that there is.
-const REPAIRED: &[&str] = &[
+pub(crate) const REPAIRED: &[&str] = &[
     "no refcount block",
     "the second refcount block is gone",
     "all counts zero",

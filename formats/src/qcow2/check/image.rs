@@ -10,8 +10,8 @@ use crate::qcow2::layout::Geometry;
 use crate::qcow2::layout::bytes::words;
 use crate::qcow2::layout::header::{Features, Header, PREFIX_BYTES, Purpose};
 
-/// Files are counted in sectors.
-const SECTOR_BYTES: u64 = 512;
+/// Files and disks are counted in sectors.
+pub(super) const SECTOR_BYTES: u64 = 512;
 /// Where in the header the incompatible features are, and the autoclear ones.
 const INCOMPATIBLE_AT: u64 = 72;
 const AUTOCLEAR_AT: u64 = 88;

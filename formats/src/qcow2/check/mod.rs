@@ -27,7 +27,7 @@ use blockcore::io::Io;
 
 use self::blocks::Blocks;
 use self::counts::Counts;
-use self::image::Image;
+use self::image::{Image, SECTOR_BYTES};
 use self::snapshots::Snapshots;
 use super::layout::header::Features;
 
@@ -138,7 +138,9 @@ struct Check<'a, 'l> {
 impl Check<'_, '_> {
     async fn run(&mut self) -> Result<(), Error> {
         let header = &self.image.header;
-        self.report.total_clusters = self.image.geometry.clusters(header.bytes);
+        // Of whole sectors, as QEMU counts.
+        let disk_bytes = header.bytes - header.bytes % SECTOR_BYTES;
+        self.report.total_clusters = self.image.geometry.clusters(disk_bytes);
         self.read_snapshots().await?;
         self.count_all(self.repair).await?;
         let counted = self.report;
