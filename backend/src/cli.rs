@@ -11,6 +11,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use crate::config::{
     DEFAULT_POLL, MAX_QUEUES, ProcessConfig, default_runtime_directory, parse_cpus,
 };
+use crate::img::cli::ImgArgs;
 
 /// Serves virtual disks to virtual machines over vhost-user-blk.
 #[derive(Debug, Parser)]
@@ -28,6 +29,8 @@ pub enum Command {
     Serve(ServeArgs),
     /// Serve disks described by options, as qemu-storage-daemon does
     Daemon(DaemonArgs),
+    /// Make, look at, copy and change images that nobody serves, as qemu-img does
+    Img(ImgArgs),
 }
 
 /// How the process does its work.

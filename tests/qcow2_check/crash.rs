@@ -4,11 +4,12 @@ use std::cell::Cell;
 use std::fs;
 use std::time::Duration;
 
+use blockcore::driver::Fix;
 use blockcore::driver::WriteFlags;
 use blockcore::engine::sim::{FileProperties, Simulation, Worker};
 use blockcore::io::RequestKind;
 use blockcore::io::buffer::Segments;
-use formats::qcow2::check::{Repair, check};
+use formats::qcow2::check::check;
 use formats::qcow2::create;
 
 use super::check::{REPAIRED, exit, ours_as_qemu, theirs};
@@ -74,7 +75,7 @@ fn power_that_goes_while_an_image_is_made_leaves_none_or_a_whole_one() {
         };
         whole += 1;
         fs::write(place.join("disk"), disk).expect("there is room");
-        let (code, report) = theirs(&place, "disk", Repair::Nothing);
+        let (code, report) = theirs(&place, "disk", Fix::None);
         assert_eq!(code, 0, "seed {seed}: {report:?}");
         let info = json(&place, "info", "disk");
         let backing = info.get("backing-filename").and_then(Value::as_str);
@@ -111,7 +112,7 @@ fn repair_until(seed: u64, image: &[u8], time: Duration) -> (Vec<u8>, Option<Dur
     let root = root.expect("it ends");
     let work = async move {
         let request = root.enter(RequestKind::Other, 0, 0).await;
-        let report = check(request.io(), Repair::All, &mut |_| ()).await;
+        let report = check(request.io(), Fix::All, &mut |_| ()).await;
         report.expect("it can be repaired");
     };
     let took = until_cut(&world, &worker, work, time);
@@ -130,7 +131,7 @@ fn power_that_goes_during_a_repair_leaves_an_image_that_can_be_repaired() {
         fs::write(place.join("whole"), whole).expect("there is room");
         // What it says is fixed is durable.
         assert_eq!(
-            exit(&ours_as_qemu(&place, "whole", Repair::Nothing)),
+            exit(&ours_as_qemu(&place, "whole", Fix::None)),
             0,
             "{}",
             kind.name
@@ -139,7 +140,7 @@ fn power_that_goes_during_a_repair_leaves_an_image_that_can_be_repaired() {
             let (part, end) = repair_until(seed, &image, took * (seed as u32 + 1) / 8);
             unfinished += u32::from(end.is_none());
             fs::write(place.join("part"), part).expect("there is room");
-            let again = ours_as_qemu(&place, "part", Repair::All);
+            let again = ours_as_qemu(&place, "part", Fix::All);
             assert_eq!(exit(&again), 0, "{}, seed {seed}: {again:?}", kind.name);
             let args = [
                 "compare", "-q", "-f", "qcow2", "-F", "qcow2", "part", "whole",

@@ -4,7 +4,7 @@ use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
-use formats::qcow2::check::Repair;
+use blockcore::driver::Fix;
 
 use super::check::ours;
 use super::*;
@@ -55,7 +55,7 @@ fn a_check_takes_memory_for_what_there_is_and_not_for_what_is_claimed() {
                 file.set_len(length).expect("a file may have holes");
             }
             let begin = Instant::now();
-            for repair in [Repair::Nothing, Repair::All] {
+            for repair in [Fix::None, Fix::All] {
                 let taken = allocation_counter::measure(|| {
                     let _ = ours(&place, "disk", repair);
                 });

@@ -156,6 +156,7 @@ mod chain;
 mod change;
 mod compile;
 mod debug;
+mod image;
 mod names;
 mod node;
 mod open;

@@ -2,7 +2,7 @@
 
 use blockcore::Error;
 
-use super::Check;
+use super::{Check, Repairs};
 use crate::qcow2::layout::extension::corrupt;
 use crate::qcow2::layout::header::MAX_SNAPSHOTS;
 use crate::qcow2::layout::snapshot::{

@@ -1,0 +1,213 @@
+//! `stonework img compare`: whether two images hold the same.
+
+use std::rc::Rc;
+
+use blockcore::Error;
+use blockcore::driver::StatusFlags;
+use blockcore::io::buffer::Segments;
+use clap::Args;
+
+use super::cli::{FormatArgs, ObjectArgs, parse_cache};
+use super::open::{How, Image, Probing};
+use super::progress::Progress;
+use super::walk::{self, Extent};
+use super::{Failure, Program, WithStatus};
+use crate::cli::CacheMode;
+
+/// The images differ.
+const DIFFERENT: u8 = 1;
+/// An image cannot be opened.
+const NOT_OPENED: u8 = 2;
+/// What ranges are cannot be found out.
+const NO_STATUS: u8 = 3;
+/// Data cannot be read.
+const NOT_READ: u8 = 4;
+
+/// How much is compared at once.
+const CHUNK_BYTES: u64 = 2 << 20;
+
+/// `stonework img compare`.
+#[derive(Args, Debug)]
+pub struct CompareArgs {
+    /// Format of the first image
+    #[arg(
+        short = 'f',
+        long,
+        value_name = "FORMAT",
+        conflicts_with = "image_opts"
+    )]
+    pub a_format: Option<String>,
+    /// Format of the second image
+    #[arg(
+        short = 'F',
+        long,
+        value_name = "FORMAT",
+        conflicts_with = "image_opts"
+    )]
+    pub b_format: Option<String>,
+    /// The images are given as options: driver=qcow2,file.filename=disk.qcow2
+    #[arg(long)]
+    pub image_opts: bool,
+    #[expect(missing_docs, reason = "documented at its type")]
+    #[command(flatten)]
+    pub objects: ObjectArgs,
+    /// Lengths and what is allocated have to be the same, too
+    #[arg(short, long)]
+    pub strict: bool,
+    /// How the images are read
+    #[arg(short = 'T', long, value_name = "MODE", value_parser = parse_cache, default_value = "writeback")]
+    pub cache: CacheMode,
+    /// Show how far it is
+    #[arg(short, long)]
+    pub progress: bool,
+    /// Say nothing
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// Look at them although somebody may be changing them
+    #[arg(short = 'U', long)]
+    pub force_share: bool,
+    /// The first image
+    pub filename1: String,
+    /// The second image
+    pub filename2: String,
+}
+
+/// What two images turned out to be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Verdict {
+    Identical,
+    Different(String),
+}
+
+pub(super) async fn run(program: Rc<Program>, args: CompareArgs) -> Result<u8, Failure> {
+    let how = |format: &Option<String>| -> Result<How, Error> {
+        let format = FormatArgs {
+            format: format.clone(),
+            image_opts: args.image_opts,
+            objects: args.objects.clone(),
+        };
+        Ok(How {
+            cache: args.cache,
+            force_share: args.force_share,
+            ..How::reading(&format, Probing::Allowed)?
+        })
+    };
+    let (how_one, how_other) = (how(&args.a_format)?, how(&args.b_format)?);
+    let one = program.open(&args.filename1, &how_one).await;
+    let one = one.with_status(NOT_OPENED)?;
+    let other = program.open(&args.filename2, &how_other).await;
+    let other = other.with_status(NOT_OPENED)?;
+    let say = |text: &str| match args.quiet {
+        true => Ok(()),
+        false => program.say(text),
+    };
+    if one.bytes() != other.bytes() {
+        if args.strict {
+            say("Strict mode: Image size mismatch!")?;
+            return Ok(DIFFERENT);
+        }
+        say("Warning: Image size mismatch!")?;
+    }
+    let progress = Progress::new(&program.output, args.progress && !args.quiet);
+    let verdict = compare(&one, &other, args.strict, &progress).await?;
+    progress.finish();
+    drop(progress);
+    let status = match verdict {
+        Verdict::Identical => {
+            say("Images are identical.")?;
+            0
+        }
+        Verdict::Different(how) => {
+            say(&how)?;
+            DIFFERENT
+        }
+    };
+    one.close().await?;
+    other.close().await?;
+    Ok(status)
+}
+
+async fn compare(
+    one: &Image,
+    other: &Image,
+    strict: bool,
+    progress: &Progress,
+) -> Result<Verdict, Failure> {
+    let common = one.bytes().min(other.bytes());
+    let whole = one.bytes().max(other.bytes());
+    let buffers = [0, 1].map(|_| Segments::allocate(CHUNK_BYTES as usize, 4096));
+    let different = |offset| {
+        Ok(Verdict::Different(format!(
+            "Content mismatch at offset {offset}!"
+        )))
+    };
+    let mut offset = 0;
+    while offset < common {
+        progress.at(offset, whole);
+        let left = common - offset;
+        let first = one.extent(offset, left).await.with_status(NO_STATUS)?;
+        let second = other.extent(offset, first.bytes).await;
+        let second = second.with_status(NO_STATUS)?;
+        if strict && kind(&first) != kind(&second) {
+            return Ok(Verdict::Different(format!(
+                "Strict mode: Offset {offset} block status mismatch!"
+            )));
+        }
+        let mut bytes = second.bytes;
+        let is_different = match (first.is_zero(), second.is_zero()) {
+            (true, true) => None,
+            (is_zero, other_is_zero) => {
+                bytes = bytes.min(CHUNK_BYTES);
+                let parts = buffers.each_ref().map(|buffer| buffer.slice(0, bytes));
+                let [of_one, of_other] = &parts;
+                match is_zero {
+                    true => of_one.fill(0),
+                    false => one
+                        .read(offset, of_one.clone())
+                        .await
+                        .with_status(NOT_READ)?,
+                }
+                match other_is_zero {
+                    true => of_other.fill(0),
+                    false => other
+                        .read(offset, of_other.clone())
+                        .await
+                        .with_status(NOT_READ)?,
+                }
+                walk::first_difference(&of_one.to_vec(), &of_other.to_vec())
+            }
+        };
+        if let Some(at) = is_different {
+            return different(offset + at);
+        }
+        offset += bytes;
+    }
+    // What the longer one has more must be nothing.
+    let longer = if one.bytes() > common { one } else { other };
+    while offset < whole {
+        progress.at(offset, whole);
+        let extent = longer.extent(offset, whole - offset).await;
+        let extent = extent.with_status(NO_STATUS)?;
+        let mut bytes = extent.bytes;
+        if extent.is_allocated() && !extent.is_zero() {
+            bytes = bytes.min(CHUNK_BYTES);
+            let part = buffers[0].slice(0, bytes);
+            longer
+                .read(offset, part.clone())
+                .await
+                .with_status(NOT_READ)?;
+            let zeroes = vec![0; bytes as usize];
+            if let Some(at) = walk::first_difference(&part.to_vec(), &zeroes) {
+                return different(offset + at);
+            }
+        }
+        offset += bytes;
+    }
+    Ok(Verdict::Identical)
+}
+
+/// What has to be the same in strict mode.
+fn kind(extent: &Extent) -> StatusFlags {
+    let kept = StatusFlags::ALLOCATED | StatusFlags::DATA | StatusFlags::ZERO;
+    extent.status.flags & kept
+}
