@@ -239,3 +239,50 @@ fn a_repair_that_is_interrupted_anywhere_leaves_an_image_that_can_be_repaired() 
     }
     assert!(interruptions > REPAIRED.len(), "{interruptions}");
 }
+
+/// A check as an operator has it: through a node that is opened for it.
+fn checked(place: &Place, name: &str, fix: Fix) -> Result<CheckReport, Error> {
+    let context = IoContext::new(make(EngineChoice::Auto)?);
+    let control = Control::new(Graph::new(formats::drivers()), Rc::clone(&context));
+    let read_only = if fix == Fix::None { "on" } else { "off" };
+    let options = format!(
+        "driver=qcow2,read-only={read_only},file.driver=file,file.filename={}",
+        place.join(name).display()
+    );
+    let options = Options::parse(&options, None)?;
+    let report = context.block_on(async move { control.check_image(options, fix).await });
+    context.abandon();
+    report
+}
+
+#[test]
+fn an_image_that_nobody_can_use_is_opened_to_be_checked_and_repaired() {
+    let place = Place::new();
+    let wanted = [
+        "corrupt bit",
+        "dirty and leaking",
+        "no refcount table",
+        "backing image",
+    ];
+    for kind in KINDS.iter().filter(|kind| wanted.contains(&kind.name)) {
+        let base = kind.base.make(&place);
+        kind.make(&base, &place.join("disk"));
+        // What is beside the image is of no interest.
+        fs::remove_file(place.join("base")).expect("it was made");
+        let direct = ours(&place, "disk", Fix::None);
+        let report = checked(&place, "disk", Fix::None);
+        assert_eq!(
+            report.expect("it can be checked"),
+            direct.expect("it can be checked"),
+            "{}",
+            kind.name
+        );
+        checked(&place, "disk", Fix::All).expect("it can be repaired");
+        let report = checked(&place, "disk", Fix::None).expect("it can be checked");
+        assert!(report.is_clean(), "{}: {report:?}", kind.name);
+        assert_eq!(theirs(&place, "disk", Fix::None).0, 0, "{}", kind.name);
+    }
+    place.file("disk", b"QFI\xfb\0\0\0\x04 and so on, of another version");
+    let error = checked(&place, "disk", Fix::None).unwrap_err();
+    assert!(error.report().contains("version 4"), "{}", error.report());
+}

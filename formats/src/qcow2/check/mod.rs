@@ -17,6 +17,7 @@ mod bitmaps;
 mod blocks;
 mod copied;
 mod counts;
+pub(super) mod driver;
 mod image;
 mod rebuild;
 mod snapshots;
