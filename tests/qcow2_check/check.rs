@@ -10,7 +10,7 @@ use super::corpus::{Base, Differs, KINDS, Kind};
 use super::*;
 
 /// What our own check says; a failure that is no report is an error.
-fn ours(place: &Place, name: &str, repair: Repair) -> Result<CheckReport, Error> {
+pub(crate) fn ours(place: &Place, name: &str, repair: Repair) -> Result<CheckReport, Error> {
     on_file(&place.join(name), move |root| async move {
         let request = root.enter(RequestKind::Other, 0, 0).await;
         check(request.io(), repair, &mut |_| ()).await
@@ -32,7 +32,7 @@ fn ours_as_qemu(place: &Place, name: &str, repair: Repair) -> Result<CheckReport
 }
 
 /// What `qemu-img check` says: its exit status, and its report if it gives one.
-fn theirs(place: &Place, name: &str, repair: Repair) -> (i32, Option<CheckReport>) {
+pub(crate) fn theirs(place: &Place, name: &str, repair: Repair) -> (i32, Option<CheckReport>) {
     let mut args = vec!["check", "--output=json", "-f", "qcow2"];
     match repair {
         Repair::Nothing => {}
@@ -62,7 +62,7 @@ fn theirs(place: &Place, name: &str, repair: Repair) -> (i32, Option<CheckReport
 }
 
 /// The exit status that `qemu-img check` has for a report.
-fn exit(report: &Result<CheckReport, Error>) -> i32 {
+pub(crate) fn exit(report: &Result<CheckReport, Error>) -> i32 {
     match report {
         Err(_) => 1,
         Ok(report) if report.check_errors > 0 => 1,
@@ -166,4 +166,76 @@ fn damaged_images_are_counted_and_repaired_as_qemu_does() {
         all.join("\n")
     );
     assert!(KINDS.len() >= 60, "{}", KINDS.len());
+}
+
+/// What repairs do to these takes every way that there is.
+const REPAIRED: &[&str] = &[
+    "no refcount block",
+    "the second refcount block is gone",
+    "all counts zero",
+    "all counts high",
+    "ten L2 entries without their flags",
+    "an unaligned zero entry",
+    "a snapshot without extra data",
+    "a snapshot with too much extra data",
+    "a refcount block on data",
+    "a bitmap's entry with reserved bits",
+    "unknown autoclear feature",
+    "dirty with counts that were never written",
+];
+
+/// Repairs all, where the write that comes after `writes` others fails.
+fn interrupted(place: &Place, name: &str, writes: usize) -> Result<CheckReport, Error> {
+    let mut options = format!(
+        "driver=blkdebug,image.driver=file,image.filename={},image.locking=off,\
+         inject-error.0.event=pwritev,inject-error.0.iotype=write,inject-error.0.state={}",
+        place.join(name).display(),
+        writes + 1,
+    );
+    for state in 0..writes {
+        options.push_str(&format!(
+            ",set-state.{state}.event=pwritev,set-state.{state}.state={},set-state.{state}.new_state={}",
+            state + 1,
+            state + 2,
+        ));
+    }
+    on_node(&options, |root| async move {
+        let request = root.enter(RequestKind::Other, 0, 0).await;
+        check(request.io(), Repair::All, &mut |_| ()).await
+    })
+}
+
+#[test]
+fn a_repair_that_is_interrupted_anywhere_leaves_an_image_that_can_be_repaired() {
+    let place = Place::new();
+    let mut interruptions = 0;
+    for kind in KINDS.iter().filter(|kind| REPAIRED.contains(&kind.name)) {
+        let base = kind.base.make(&place);
+        kind.make(&base, &place.join("whole"));
+        let whole = ours_as_qemu(&place, "whole", Repair::All);
+        assert_eq!(exit(&whole), 0, "{}: {whole:?}", kind.name);
+        for writes in 0.. {
+            kind.make(&base, &place.join("part"));
+            let first = interrupted(&place, "part", writes);
+            if first.is_ok() {
+                break;
+            }
+            interruptions += 1;
+            let at = format!("{} after {writes} writes", kind.name);
+            let left = ours(&place, "part", Repair::Nothing);
+            let again = ours_as_qemu(&place, "part", Repair::All);
+            assert_eq!(exit(&again), 0, "{at}: {again:?}, was left as {left:?}");
+            assert_eq!(theirs(&place, "part", Repair::Nothing).0, 0, "{at}");
+            let args = [
+                "compare", "-q", "-f", "qcow2", "-F", "qcow2", "part", "whole",
+            ];
+            let output = qemu_img(&place, &args);
+            assert!(
+                output.status.success(),
+                "{at}: the disk is another one: {output:?}"
+            );
+            assert!(writes < 1000, "{at}");
+        }
+    }
+    assert!(interruptions > REPAIRED.len(), "{interruptions}");
 }

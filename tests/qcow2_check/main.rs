@@ -4,6 +4,7 @@
 mod check;
 mod corpus;
 mod create;
+mod random;
 
 use std::path::Path;
 use std::process::{Command, Output};
@@ -52,13 +53,20 @@ where
     T: 'static,
     W: Future<Output = T> + 'static,
 {
+    let file = format!("driver=file,filename={},locking=off", path.display());
+    on_node(&file, work)
+}
+
+/// As [`on_file`], with any node.
+fn on_node<T, W>(options: &str, work: impl FnOnce(Rc<Root>) -> W) -> T
+where
+    T: 'static,
+    W: Future<Output = T> + 'static,
+{
     let context = IoContext::new(make(EngineChoice::Threads).expect("threads are everywhere"));
     let control = Control::new(Graph::new(formats::drivers()), Rc::clone(&context));
-    let options = format!(
-        "driver=file,node-name=file,filename={},locking=off",
-        path.display()
-    );
-    let options = Options::parse(&options, None).expect("they are options");
+    let options = Options::parse(&format!("{options},node-name=file"), None);
+    let options = options.expect("they are options");
     let inner = control.clone();
     let id = context.block_on(async move {
         inner.add(options).await.expect("the file is there");

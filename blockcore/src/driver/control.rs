@@ -14,6 +14,7 @@ use super::{
     CheckReport, DriverIo, DriverKind, Fix, Limits, OpenModes, Role, SnapshotInfo, SnapshotRef,
     SnapshotSpec,
 };
+use crate::graph::NodeId;
 use crate::graph::permission::{self, Permissions};
 use crate::io::buffer::Segments;
 use crate::io::{IoContext, Root};
@@ -132,6 +133,12 @@ pub trait Driver {
 
     /// What the image's header says of its backing image; `None` if there is none.
     fn backing(&self) -> Option<BackingName> {
+        None
+    }
+
+    /// A node below in the chain, down to which the chain stays as it is for as long as this node is there:
+    /// none of its links can be replaced or cut. Asked once the driver has opened.
+    fn keeps_chain_to(&self) -> Option<NodeId> {
         None
     }
 

@@ -320,7 +320,7 @@ impl Change {
             }
             let kind = self.control().read(|graph| graph.driver_type(&driver))?;
             let name = self.name_for(&mut options)?;
-            let modes = modes_of(&options, inherited, &name)?;
+            let mut modes = modes_of(&options, inherited, &name)?;
             let said: Vec<_> = kind
                 .children
                 .iter()
@@ -339,10 +339,21 @@ impl Change {
             options.check(&[NODE_OPTIONS, kind.options], &whose)?;
             let id = self.add_vertex(kind, &name, modes, &options, &children)?;
             // Others are kept out before the driver looks at what its children hold.
-            self.prepare_permissions().await?;
+            if let Err(error) = self.prepare_permissions().await {
+                let denied = error.kind() == ErrorKind::PermissionDenied;
+                if !denied || modes.read_only || !modes.auto_read_only {
+                    return Err(error);
+                }
+                // What it is in may only be read, and reading will do.
+                modes.read_only = true;
+                self.state_mut().shape.vertex_mut(id).modes = modes;
+                self.prepare_permissions().await?;
+            }
             let file = file.filter(|_| kind.kind == DriverKind::Protocol);
             self.open_driver(id, kind, options.clone(), modes, file)
                 .await?;
+            let base = self.driver_of(id).take().keeps_chain_to();
+            self.state_mut().shape.vertex_mut(id).keeps_chain_to = base;
             if self.update_roles(id, &options) {
                 self.prepare_permissions().await?;
             }

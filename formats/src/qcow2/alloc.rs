@@ -89,6 +89,20 @@ impl Image {
         self.pools.lock().expect("no panic while counting")
     }
 
+    /// Changes what is reserved; the segment has it so before anybody uses what was taken.
+    fn with_pools<R>(&self, change: impl FnOnce(&mut Pools) -> R) -> R {
+        let mut pools = self.pools();
+        let result = change(&mut pools);
+        if let Some(segment) = &self.segment {
+            let extents = pools.metadata.extents.iter().chain(&pools.data.extents);
+            segment.set_reserved(extents.map(|reserved| Run {
+                start: reserved.start,
+                count: reserved.count,
+            }));
+        }
+        result
+    }
+
     /// Clusters side by side, at least one and at most `most`. They are the caller's: to be mapped, or
     /// [given back](Self::give_back).
     pub(super) async fn allocate(
@@ -99,7 +113,8 @@ impl Image {
     ) -> Result<Reserved, IoError> {
         loop {
             self.check_whole()?;
-            if let Some(taken) = self.pools().pool(class).take(most) {
+            let taken = self.with_pools(|pools| pools.pool(class).take(most));
+            if let Some(taken) = taken {
                 return Ok(taken);
             }
             let _turn = self.reserving.begin(0, 1, true).await;
@@ -111,9 +126,11 @@ impl Image {
 
     /// Reserved clusters that were not mapped, for the next who needs some. Nothing is being written there.
     pub(super) fn give_back(&self, class: Class, reserved: Reserved) {
-        self.pools().pool(class).extents.push_front(Reserved {
-            zeroed: false,
-            ..reserved
+        self.with_pools(|pools| {
+            pools.pool(class).extents.push_front(Reserved {
+                zeroed: false,
+                ..reserved
+            });
         });
     }
 
@@ -144,23 +161,24 @@ impl Image {
             self.uncount(io, run).await?;
             return Err(error);
         }
-        let mut pools = self.pools();
-        let pool = pools.pool(class);
-        pool.reserved = wanted;
         let old = end_before.saturating_sub(run.start).min(run.count);
         let parts = [
             (run.start, old, false),
             (run.start + old, run.count - old, true),
         ];
-        for (start, count, zeroed) in parts {
-            if count > 0 {
-                pool.extents.push_back(Reserved {
-                    start,
-                    count,
-                    zeroed,
-                });
+        self.with_pools(|pools| {
+            let pool = pools.pool(class);
+            pool.reserved = wanted;
+            for (start, count, zeroed) in parts {
+                if count > 0 {
+                    pool.extents.push_back(Reserved {
+                        start,
+                        count,
+                        zeroed,
+                    });
+                }
             }
-        }
+        });
         Ok(())
     }
 
@@ -301,7 +319,7 @@ impl Image {
         }
         let first = block * self.geometry.block_counts();
         let place = self.new_metadata(io, first, 1).await?;
-        self.refcounts.make(block, place, &[first]);
+        self.refcounts.make(block, place);
         Ok(())
     }
 
@@ -475,7 +493,7 @@ impl Image {
         cause: Cause,
     ) -> Result<(), IoError> {
         let bits = self.geometry.cluster_bits;
-        let options = self.options;
+        let options = self.options();
         let pass = match cause {
             Cause::Request => options.pass_discard_request,
             Cause::Snapshot => options.pass_discard_snapshot,
@@ -498,12 +516,11 @@ impl Image {
 
     /// Gives back what is reserved, at the end.
     pub(super) async fn give_back_reserved(&self, io: Io<'_>) -> Result<(), IoError> {
-        let reserved: Vec<_> = {
-            let mut pools = self.pools();
+        let reserved: Vec<_> = self.with_pools(|pools| {
             let data = std::mem::take(&mut pools.data.extents);
             let metadata = std::mem::take(&mut pools.metadata.extents);
             data.into_iter().chain(metadata).collect()
-        };
+        });
         for Reserved { start, count, .. } in reserved {
             self.uncount(io, Run { start, count }).await?;
         }

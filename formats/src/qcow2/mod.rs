@@ -11,14 +11,17 @@
 //! | host clusters: finding, counting, letting go of | `alloc`, `refcount`, `limbo` |
 //! | metadata that nothing may be written over | `overlap` |
 //! | writing metadata back | `committer` |
+//! | what completed survives a kill | `segment`, `replay`, `adopt`, `cookie` |
 //! | making images | `create/` |
 //! | checking and repairing them | `check/` |
 
+mod adopt;
 mod alloc;
 mod cache;
 pub mod check;
 mod committer;
 mod compress;
+mod cookie;
 pub mod create;
 mod driver;
 mod image;
@@ -30,7 +33,9 @@ mod open;
 mod overlap;
 mod read;
 mod refcount;
+mod replay;
 mod resize;
+mod segment;
 mod write;
 mod zero;
 

@@ -222,12 +222,9 @@ impl Check<'_, '_> {
         let per_block = self.image.geometry.block_counts();
         let clusters = self.counts.clusters();
         self.highest = 0;
-        for block in 0..clusters.div_ceil(per_block) {
+        for block in self.counted_blocks() {
             let first = block * per_block;
             let last = (first + per_block).min(clusters);
-            if !self.blocks.has(block) && self.counts.is_zero(first, last) {
-                continue;
-            }
             if !self.blocks.is_readable(block) {
                 self.report.check_errors += last - first;
                 let what = format!("error: refcount block {block} cannot be read");
@@ -249,6 +246,18 @@ impl Check<'_, '_> {
             self.blocks.write_back(&self.image).await?;
         }
         Ok(())
+    }
+
+    /// Indices of the refcount blocks in which something is or should be counted, within the file.
+    fn counted_blocks(&self) -> Vec<u64> {
+        let table = 0..self.blocks.table().len() as u64;
+        let mut blocks: Vec<_> = table.filter(|block| self.blocks.has(*block)).collect();
+        blocks.extend(self.counts.blocks());
+        blocks.sort_unstable();
+        blocks.dedup();
+        let (per_block, clusters) = (self.image.geometry.block_counts(), self.counts.clusters());
+        blocks.retain(|block| block * per_block < clusters);
+        blocks
     }
 
     fn correct(&mut self, cluster: u64, has: u64, should: u64, repair: Repair) {

@@ -49,9 +49,7 @@ impl Check<'_, '_> {
         let mut at = start;
         for index in 0..count {
             let begin = at.next_multiple_of(8);
-            let Some((snapshot, end)) = self.read_snapshot(index, begin).await? else {
-                break;
-            };
+            let (snapshot, end) = self.read_snapshot(index, begin).await?;
             if end - start > MAX_TABLE_BYTES {
                 if !all {
                     return Err(corrupt(format!(
@@ -85,11 +83,7 @@ impl Check<'_, '_> {
     }
 
     /// An entry, and where it ends.
-    async fn read_snapshot(
-        &mut self,
-        index: u32,
-        begin: u64,
-    ) -> Result<Option<(Snapshot, u64)>, Error> {
+    async fn read_snapshot(&mut self, index: u32, begin: u64) -> Result<(Snapshot, u64), Error> {
         let head = self.image.read(begin, HEAD_BYTES as u64).await?;
         let head = SnapshotHead::parse(&head);
         if head.has_too_much_extra() {
@@ -107,8 +101,8 @@ impl Check<'_, '_> {
         let extra = self.image.read(extra_at, extra_bytes.into()).await?;
         let names_at = extra_at + u64::from(head.extra_bytes);
         let names = self.image.read(names_at, head.names_bytes() as u64).await?;
-        let snapshot = head.with(&extra, &names)?;
-        Ok(Some((snapshot, begin + head.entry_bytes())))
+        let snapshot = head.with(&extra, &names);
+        Ok((snapshot, begin + head.entry_bytes()))
     }
 
     /// Writes the table anew if something is wrong with it, with all reference counts.

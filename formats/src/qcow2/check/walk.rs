@@ -90,7 +90,7 @@ impl Check<'_, '_> {
         for index in 0..snapshots {
             let snapshot = &self.snapshots.list[index];
             let (offset, entries) = (snapshot.l1_offset, u64::from(snapshot.l1_entries));
-            let who = format!("snapshot '{}' ({})", snapshot.id, snapshot.name);
+            let who = snapshot.shown();
             if !self.image.geometry.is_aligned(offset) {
                 self.corrupt(&format!(
                     "the L1 table of {who} is at {offset:#x}, where no cluster begins"
