@@ -85,7 +85,11 @@ pub(super) async fn run(program: Rc<Program>, args: InfoArgs) -> Result<u8, Fail
             .into());
         }
         let image = program.open(&name, &how).await?;
-        let info = look(&image).await?;
+        let mut info = look(&image).await?;
+        if how.image_opts {
+            let node = image.node;
+            info.filename = program.control.read(|graph| graph.described(node).name());
+        }
         image.close().await?;
         if let Some(backing) = info.backing.as_ref().filter(|_| args.backing_chain) {
             let Some(full) = &backing.full else {

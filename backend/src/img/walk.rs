@@ -1,9 +1,9 @@
 //! What ranges of an image are, through its chain, and what is in them.
 
-use blockcore::Error;
 use blockcore::driver::{Status, StatusFlags, WriteFlags, ZeroFlags};
 use blockcore::io::RequestKind;
 use blockcore::io::buffer::Segments;
+use blockcore::{Error, IoError};
 
 use super::open::Image;
 
@@ -46,18 +46,7 @@ impl Image {
     pub(super) async fn extent(&self, offset: u64, bytes: u64) -> Result<Extent, Error> {
         let request = self.request().await;
         let status = request.io().status_above(|_| false, true, offset, bytes);
-        let (status, depth) = status
-            .await
-            .map_err(|error| self.failed("look at", offset, error))?;
-        if status.bytes == 0 {
-            // It has shrunk under us.
-            return Err(self.failed("look at", offset, blockcore::IoError::OutOfRange));
-        }
-        Ok(Extent {
-            bytes: status.bytes.min(bytes),
-            status,
-            depth,
-        })
+        self.to_extent(status.await, offset, bytes)
     }
 
     /// What its own layer has, whatever is below.
@@ -68,14 +57,56 @@ impl Image {
     pub(super) async fn top_extent(&self, offset: u64, bytes: u64) -> Result<Extent, Error> {
         let request = self.request().await;
         let status = request.io().block_status(true, offset, bytes).await;
-        let status = status.map_err(|error| self.failed("look at", offset, error))?;
-        if status.bytes == 0 {
-            return Err(self.failed("look at", offset, blockcore::IoError::OutOfRange));
+        self.to_extent(status.map(|status| (status, 0)), offset, bytes)
+    }
+
+    /// As [`extent`](Self::extent), but of the first layer that knows what is read: a layer above one that
+    /// is too short knows of zeroes that it does not hold.
+    ///
+    /// # Errors
+    ///
+    /// What the host said.
+    pub(super) async fn known_extent(&self, offset: u64, bytes: u64) -> Result<Extent, Error> {
+        let request = self.request().await;
+        let (mut layer, mut depth, mut left) = (request.io(), 0, bytes);
+        loop {
+            let status = layer.block_status(true, offset, left).await;
+            let status = status.map_err(|error| self.failed("look at", offset, error))?;
+            let is_known = status
+                .flags
+                .intersects(StatusFlags::DATA | StatusFlags::ZERO);
+            let next = layer
+                .next_in_chain()
+                .filter(|_| !is_known && status.bytes > 0);
+            let Some(next) = next else {
+                return self.to_extent(Ok((status, depth)), offset, bytes);
+            };
+            (layer, depth, left) = (next, depth + 1, status.bytes);
         }
+    }
+
+    /// An answer of the core, stretched to the end of the image's last sector.
+    pub(super) fn to_extent(
+        &self,
+        answer: Result<(Status, usize), IoError>,
+        offset: u64,
+        bytes: u64,
+    ) -> Result<Extent, Error> {
+        let failed = |error| self.failed("look at", offset, error);
+        let (status, depth) = answer.map_err(failed)?;
+        if status.bytes == 0 {
+            // It has shrunk under us.
+            return Err(failed(IoError::OutOfRange));
+        }
+        let at_end = offset + status.bytes == self.root.bytes();
+        let known = match at_end {
+            true => self.bytes() - offset,
+            false => status.bytes,
+        };
         Ok(Extent {
-            bytes: status.bytes.min(bytes),
+            bytes: known.min(bytes),
             status,
-            depth: 0,
+            depth,
         })
     }
 
@@ -86,7 +117,7 @@ impl Image {
     /// What the host said.
     pub(super) async fn read(&self, offset: u64, into: Segments) -> Result<(), Error> {
         let bytes = into.bytes();
-        let inside = self.bytes().saturating_sub(offset).min(bytes);
+        let inside = self.root.bytes().saturating_sub(offset).min(bytes);
         if inside < bytes {
             into.slice(inside, bytes - inside).fill(0);
         }
