@@ -448,7 +448,6 @@ fn bench_takes_the_same_options() {
         &["bench", "-f", "raw", "--flush-interval", "80", "a.raw"],
         &["bench", "-f", "raw", "-c", "0", "a.raw"],
         &["bench", "-f", "raw", "-d", "0", "a.raw"],
-        &["bench", "-f", "raw", "--no-drain", "a.raw"],
     ] {
         assert_eq!(pair.same_status(args), Some(1), "{args:?}");
     }

@@ -60,7 +60,7 @@ pub struct BenchArgs {
     #[arg(long, value_name = "REQUESTS", requires = "write")]
     pub flush_interval: Option<u64>,
     /// Flush without waiting for the requests that are under way
-    #[arg(long, requires = "flush_interval")]
+    #[arg(long)]
     pub no_drain: bool,
     /// Read it although somebody may be changing it
     #[arg(short = 'U', long, conflicts_with = "write")]

@@ -44,6 +44,9 @@ impl Image {
     ///
     /// What the host said.
     pub(super) async fn extent(&self, offset: u64, bytes: u64) -> Result<Extent, Error> {
+        if offset >= self.root.bytes() {
+            return self.past_end(offset, bytes).await;
+        }
         let request = self.request().await;
         let status = request.io().status_above(|_| false, true, offset, bytes);
         self.to_extent(status.await, offset, bytes)
@@ -55,6 +58,9 @@ impl Image {
     ///
     /// What the host said.
     pub(super) async fn top_extent(&self, offset: u64, bytes: u64) -> Result<Extent, Error> {
+        if offset >= self.root.bytes() {
+            return self.past_end(offset, bytes).await;
+        }
         let request = self.request().await;
         let status = request.io().block_status(true, offset, bytes).await;
         self.to_extent(status.map(|status| (status, 0)), offset, bytes)
@@ -67,6 +73,9 @@ impl Image {
     ///
     /// What the host said.
     pub(super) async fn known_extent(&self, offset: u64, bytes: u64) -> Result<Extent, Error> {
+        if offset >= self.root.bytes() {
+            return self.past_end(offset, bytes).await;
+        }
         let request = self.request().await;
         let (mut layer, mut depth, mut left) = (request.io(), 0, bytes);
         loop {
@@ -85,7 +94,20 @@ impl Image {
         }
     }
 
-    /// An answer of the core, stretched to the end of the image's last sector.
+    /// What a file lacks of its image's last sector: zeroes, in the place where it would go on.
+    async fn past_end(&self, offset: u64, bytes: u64) -> Result<Extent, Error> {
+        let last = self.root.bytes().saturating_sub(1);
+        let request = self.request().await;
+        let answer = request.io().status_above(|_| false, true, last, 1).await;
+        let mut extent = self.to_extent(answer, last, 1)?;
+        extent.bytes = bytes;
+        let place = extent.status.flags & StatusFlags::PLACE;
+        extent.status.flags = place | StatusFlags::ZERO | StatusFlags::ALLOCATED;
+        extent.status.place.offset += offset - last;
+        Ok(extent)
+    }
+
+    /// An answer of the core.
     pub(super) fn to_extent(
         &self,
         answer: Result<(Status, usize), IoError>,
@@ -98,13 +120,8 @@ impl Image {
             // It has shrunk under us.
             return Err(failed(IoError::OutOfRange));
         }
-        let at_end = offset + status.bytes == self.root.bytes();
-        let known = match at_end {
-            true => self.bytes() - offset,
-            false => status.bytes,
-        };
         Ok(Extent {
-            bytes: known.min(bytes),
+            bytes: status.bytes.min(bytes),
             status,
             depth,
         })
