@@ -38,7 +38,11 @@ pub(super) async fn adopt(
         return Ok(None);
     }
     let cluster = source
-        .read("header", 0, header.geometry().cluster_bytes().min(source.root.bytes()))
+        .read(
+            "header",
+            0,
+            header.geometry().cluster_bytes().min(source.root.bytes()),
+        )
         .await?;
     let Some(place) = place(source).await? else {
         return Ok(None);
@@ -47,7 +51,10 @@ pub(super) async fn adopt(
     let before = cookie::find(&cluster);
     let opened = open(source, &place.path).await?;
     if let Some(cookie) = before.filter(|_| was_vouched_for) {
-        let owner = Owner { cookie, ..place.owner };
+        let owner = Owner {
+            cookie,
+            ..place.owner
+        };
         match segment::read(&opened, owner) {
             Some(left) => {
                 let left = left.map_err(|what| damaged(source, &place.path, &what))?;

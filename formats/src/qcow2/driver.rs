@@ -18,8 +18,8 @@ use futures_util::future::LocalBoxFuture;
 
 use super::image::{DATA_FILE, FILE, Image, RunOptions, write_bytes};
 use super::io::Qcow2Io;
-use super::layout::entry::L2Entry;
 use super::layout::HostOffset;
+use super::layout::entry::L2Entry;
 use super::layout::header::{Features, MAX_BACKING_BYTES};
 use super::open::{Source, open_image, run_options};
 
@@ -269,7 +269,9 @@ impl Image {
         write_bytes(io, HEADER_AUTOCLEAR, &autoclear.to_be_bytes()).await?;
         io.child(FILE).flush().await?;
         segment.close();
-        let removed = io.context().host(HostCall::Remove(segment.path().to_owned()));
+        let removed = io
+            .context()
+            .host(HostCall::Remove(segment.path().to_owned()));
         if let Err(error) = removed.await {
             tracing::warn!("cannot remove '{}': {error}", segment.path().display());
         }

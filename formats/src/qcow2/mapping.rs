@@ -378,9 +378,8 @@ impl Image {
             let done = self.cache.change(slice, |words| {
                 for cluster in cluster..end {
                     let (_, index) = self.locate(cluster);
-                    let new = change_entry(words, index, self.geometry, |entry| {
-                        change(cluster, entry)
-                    });
+                    let new =
+                        change_entry(words, index, self.geometry, |entry| change(cluster, entry));
                     if let Some((word, second)) = new {
                         let place = HostOffset(host.0 + 8 * index as u64);
                         recorded &= self.record(Record::L2(place, word, second));

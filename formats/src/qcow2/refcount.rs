@@ -392,7 +392,13 @@ mod tests {
 
     fn counts() -> Refcounts {
         // 256 counts to a block; block 0 at 0x400, block 1 at 0x600, no other.
-        let refcounts = Refcounts::new(GEOMETRY, HostOffset(0x200), vec![0x400, 0x600, 0, 0], 4, None);
+        let refcounts = Refcounts::new(
+            GEOMETRY,
+            HostOffset(0x200),
+            vec![0x400, 0x600, 0, 0],
+            4,
+            None,
+        );
         refcounts.install(0, vec![0; 512]);
         refcounts
     }

@@ -13,8 +13,8 @@ use std::rc::Rc;
 
 use blockcore::IoError;
 use blockcore::driver::WriteFlags;
-use blockcore::io::buffer::Segments;
 use blockcore::io::Root;
+use blockcore::io::buffer::Segments;
 use futures_util::future::LocalBoxFuture;
 
 use super::layout::entry::L1Entry;
@@ -48,7 +48,11 @@ impl Replay {
     /// # Errors
     ///
     /// What about a record cannot be; the tables may have been changed.
-    pub(super) fn new(left: Left, tables: &mut Tables<'_>, file_bytes: u64) -> Result<Self, String> {
+    pub(super) fn new(
+        left: Left,
+        tables: &mut Tables<'_>,
+        file_bytes: u64,
+    ) -> Result<Self, String> {
         let mut replay = Self::default();
         for record in &left.records {
             replay.add(*record, tables, file_bytes)?;
@@ -117,7 +121,10 @@ impl Replay {
                 let own = first.and_then(|first| first.checked_mul(g.cluster_bytes()));
                 let inside = place.0 < file_bytes && block < tables.table.len() as u64;
                 if own != Some(place.0) || !inside {
-                    return Err(format!("refcount block {block} cannot be at {:#x}", place.0));
+                    return Err(format!(
+                        "refcount block {block} cannot be at {:#x}",
+                        place.0
+                    ));
                 }
                 tables.table[block as usize] = place.0;
                 self.blocks.insert(block, place);
@@ -174,11 +181,7 @@ impl Replay {
         file.flush().await
     }
 
-    async fn write_counts(
-        &self,
-        file: &Rc<Root>,
-        tables: &Tables<'_>,
-    ) -> Result<(), IoError> {
+    async fn write_counts(&self, file: &Rc<Root>, tables: &Tables<'_>) -> Result<(), IoError> {
         let g = tables.geometry;
         let reserved = self
             .reserved

@@ -143,7 +143,8 @@ impl Image {
             }
         })
         .await?;
-        if self.geometry.data_file && change != Change::Zero && self.options().pass_discard_request {
+        if self.geometry.data_file && change != Change::Zero && self.options().pass_discard_request
+        {
             let bytes = end.min(self.bytes()) - begin;
             // Space that cannot be given back is no reason to fail.
             let _ = io.child(self.data_child()).discard(begin, bytes).await;
