@@ -3,14 +3,15 @@
 use std::collections::BTreeMap;
 use std::fs;
 
+use blockcore::driver::{CheckReport, Fix};
 use blockcore::io::RequestKind;
-use formats::qcow2::check::{CheckReport, Repair, check};
+use formats::qcow2::check::check;
 
 use super::corpus::{Base, Differs, KINDS, Kind};
 use super::*;
 
 /// What our own check says; a failure that is no report is an error.
-pub(crate) fn ours(place: &Place, name: &str, repair: Repair) -> Result<CheckReport, Error> {
+pub(crate) fn ours(place: &Place, name: &str, repair: Fix) -> Result<CheckReport, Error> {
     on_file(&place.join(name), move |root| async move {
         let request = root.enter(RequestKind::Other, 0, 0).await;
         check(request.io(), repair, &mut |_| ()).await
@@ -18,12 +19,12 @@ pub(crate) fn ours(place: &Place, name: &str, repair: Repair) -> Result<CheckRep
 }
 
 /// A check as `qemu-img` does one: after a repair, once more.
-fn ours_as_qemu(place: &Place, name: &str, repair: Repair) -> Result<CheckReport, Error> {
+pub(crate) fn ours_as_qemu(place: &Place, name: &str, repair: Fix) -> Result<CheckReport, Error> {
     let first = ours(place, name, repair)?;
     if first.corruptions_fixed + first.leaks_fixed == 0 {
         return Ok(first);
     }
-    let again = ours(place, name, Repair::Nothing)?;
+    let again = ours(place, name, Fix::None)?;
     Ok(CheckReport {
         corruptions_fixed: first.corruptions_fixed,
         leaks_fixed: first.leaks_fixed,
@@ -32,12 +33,12 @@ fn ours_as_qemu(place: &Place, name: &str, repair: Repair) -> Result<CheckReport
 }
 
 /// What `qemu-img check` says: its exit status, and its report if it gives one.
-pub(crate) fn theirs(place: &Place, name: &str, repair: Repair) -> (i32, Option<CheckReport>) {
+pub(crate) fn theirs(place: &Place, name: &str, repair: Fix) -> (i32, Option<CheckReport>) {
     let mut args = vec!["check", "--output=json", "-f", "qcow2"];
     match repair {
-        Repair::Nothing => {}
-        Repair::Leaks => args.extend(["-r", "leaks"]),
-        Repair::All => args.extend(["-r", "all"]),
+        Fix::None => {}
+        Fix::Leaks => args.extend(["-r", "leaks"]),
+        Fix::All => args.extend(["-r", "all"]),
     }
     args.push(name);
     let output = qemu_img(place, &args);
@@ -75,15 +76,14 @@ pub(crate) fn exit(report: &Result<CheckReport, Error>) -> i32 {
 /// Everything that differs, as text.
 fn differences(kind: &Kind, place: &Place, base: &[u8]) -> Vec<String> {
     let mut all = Vec::new();
-    for repair in [Repair::Nothing, Repair::Leaks, Repair::All] {
+    for repair in [Fix::None, Fix::Leaks, Fix::All] {
         for name in ["ours", "theirs"] {
             kind.make(base, &place.join(name));
         }
         let before = fs::read(place.join("ours")).expect("it was made");
         let (code, report) = theirs(place, "theirs", repair);
         let mine = ours_as_qemu(place, "ours", repair);
-        if repair == Repair::Nothing && fs::read(place.join("ours")).expect("it is there") != before
-        {
+        if repair == Fix::None && fs::read(place.join("ours")).expect("it is there") != before {
             all.push("a check without repair has written".to_owned());
         }
         let mut differ = |what: &str| {
@@ -96,7 +96,7 @@ fn differences(kind: &Kind, place: &Place, base: &[u8]) -> Vec<String> {
         let fails = code == 1;
         match kind.differs {
             Differs::QemuFails if fails => {}
-            Differs::Repair if repair != Repair::Nothing => {
+            Differs::Repair if repair != Fix::None => {
                 if mine_code > code {
                     differ("not repaired as well");
                 }
@@ -113,17 +113,17 @@ fn differences(kind: &Kind, place: &Place, base: &[u8]) -> Vec<String> {
                         ..*mine
                     };
                     // Where a repair puts new tables is anybody's choice.
-                    if repair == Repair::Nothing || end != report {
+                    if repair == Fix::None || end != report {
                         differ("another report");
                     }
                 }
             }
         }
-        if repair == Repair::Nothing || mine.is_err() {
+        if repair == Fix::None || mine.is_err() {
             continue;
         }
         // QEMU's verdict on what was repaired here.
-        let (judged, _) = theirs(place, "ours", Repair::Nothing);
+        let (judged, _) = theirs(place, "ours", Fix::None);
         // Where it fails on what is left, it cannot judge.
         if judged != mine_code && !(kind.differs == Differs::QemuFails && mine_code > 0) {
             differ(&format!("QEMU says {judged} of what was repaired"));
@@ -169,7 +169,7 @@ fn damaged_images_are_counted_and_repaired_as_qemu_does() {
 }
 
 /// What repairs do to these takes every way that there is.
-const REPAIRED: &[&str] = &[
+pub(crate) const REPAIRED: &[&str] = &[
     "no refcount block",
     "the second refcount block is gone",
     "all counts zero",
@@ -201,7 +201,7 @@ fn interrupted(place: &Place, name: &str, writes: usize) -> Result<CheckReport, 
     }
     on_node(&options, |root| async move {
         let request = root.enter(RequestKind::Other, 0, 0).await;
-        check(request.io(), Repair::All, &mut |_| ()).await
+        check(request.io(), Fix::All, &mut |_| ()).await
     })
 }
 
@@ -212,7 +212,7 @@ fn a_repair_that_is_interrupted_anywhere_leaves_an_image_that_can_be_repaired() 
     for kind in KINDS.iter().filter(|kind| REPAIRED.contains(&kind.name)) {
         let base = kind.base.make(&place);
         kind.make(&base, &place.join("whole"));
-        let whole = ours_as_qemu(&place, "whole", Repair::All);
+        let whole = ours_as_qemu(&place, "whole", Fix::All);
         assert_eq!(exit(&whole), 0, "{}: {whole:?}", kind.name);
         for writes in 0.. {
             kind.make(&base, &place.join("part"));
@@ -222,10 +222,10 @@ fn a_repair_that_is_interrupted_anywhere_leaves_an_image_that_can_be_repaired() 
             }
             interruptions += 1;
             let at = format!("{} after {writes} writes", kind.name);
-            let left = ours(&place, "part", Repair::Nothing);
-            let again = ours_as_qemu(&place, "part", Repair::All);
+            let left = ours(&place, "part", Fix::None);
+            let again = ours_as_qemu(&place, "part", Fix::All);
             assert_eq!(exit(&again), 0, "{at}: {again:?}, was left as {left:?}");
-            assert_eq!(theirs(&place, "part", Repair::Nothing).0, 0, "{at}");
+            assert_eq!(theirs(&place, "part", Fix::None).0, 0, "{at}");
             let args = [
                 "compare", "-q", "-f", "qcow2", "-F", "qcow2", "part", "whole",
             ];
@@ -238,4 +238,53 @@ fn a_repair_that_is_interrupted_anywhere_leaves_an_image_that_can_be_repaired() 
         }
     }
     assert!(interruptions > REPAIRED.len(), "{interruptions}");
+}
+
+/// A check as an operator has it: through a node that is opened for it.
+fn checked(place: &Place, name: &str, fix: Fix) -> Result<CheckReport, Error> {
+    let context = IoContext::new(make(EngineChoice::Auto)?);
+    let control = Control::new(Graph::new(formats::drivers()), Rc::clone(&context));
+    let read_only = if fix == Fix::None { "on" } else { "off" };
+    let options = format!(
+        "driver=qcow2,read-only={read_only},file.driver=file,file.filename={}",
+        place.join(name).display()
+    );
+    let options = Options::parse(&options, None)?;
+    let report = context.block_on(async move { control.check_image(options, fix).await });
+    context.abandon();
+    report
+}
+
+#[test]
+fn an_image_that_nobody_can_use_is_opened_to_be_checked_and_repaired() {
+    let place = Place::new();
+    let wanted = [
+        "corrupt bit",
+        "dirty and leaking",
+        "no refcount table",
+        "backing image",
+    ];
+    for kind in KINDS.iter().filter(|kind| wanted.contains(&kind.name)) {
+        let base = kind.base.make(&place);
+        kind.make(&base, &place.join("disk"));
+        // What is beside the image is of no interest.
+        fs::remove_file(place.join("base")).expect("it was made");
+        let direct = ours(&place, "disk", Fix::None);
+        let report = checked(&place, "disk", Fix::None);
+        assert_eq!(
+            report.expect("it can be checked"),
+            direct.expect("it can be checked"),
+            "{}",
+            kind.name
+        );
+        checked(&place, "disk", Fix::All).expect("it can be repaired");
+        let report = checked(&place, "disk", Fix::None).expect("it can be checked");
+        assert!(report.is_clean(), "{}: {report:?}", kind.name);
+        // QEMU wants what is beside it.
+        place.sparse("base", 8 << 20);
+        assert_eq!(theirs(&place, "disk", Fix::None).0, 0, "{}", kind.name);
+    }
+    place.file("disk", b"QFI\xfb\0\0\0\x04 and so on, of another version");
+    let error = checked(&place, "disk", Fix::None).unwrap_err();
+    assert!(error.report().contains("version 4"), "{}", error.report());
 }

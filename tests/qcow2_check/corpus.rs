@@ -227,9 +227,14 @@ pub(crate) struct Kind {
 
 impl Kind {
     pub(crate) fn make(&self, base: &[u8], path: &Path) {
+        fs::write(path, self.bytes(base)).expect("there is room");
+    }
+
+    /// The damaged image.
+    pub(crate) fn bytes(&self, base: &[u8]) -> Vec<u8> {
         let mut bytes = Bytes(base.to_vec());
         (self.damage)(&mut bytes);
-        fs::write(path, &*bytes).expect("there is room");
+        bytes.0
     }
 }
 

@@ -3,7 +3,9 @@
 
 mod check;
 mod corpus;
+mod crash;
 mod create;
+mod hostile;
 mod random;
 
 use std::path::Path;

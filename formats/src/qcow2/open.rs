@@ -44,6 +44,9 @@ const LEAST_BLOCKS: u64 = 4;
 const MAX_INACTIVE_BYTES: u64 = 1 << 30;
 
 pub(super) async fn open(request: OpenRequest) -> Result<Opened, Error> {
+    if request.modes.check {
+        return super::check::driver::open(request).await;
+    }
     let file = request.children[0].as_ref().expect("not optional");
     let source = Source {
         node: request.node_name.clone(),

@@ -6,15 +6,16 @@
 
 use blockcore::Error;
 
-use super::{Check, Repair};
+use super::{Check, Repairs};
 use crate::qcow2::layout::bitmap::{Bitmap, BitmapCluster};
 use crate::qcow2::layout::header::Features;
+use blockcore::driver::Fix;
 
 /// Where in a directory's entry the flags are.
 const FLAGS_AT: u64 = 12;
 
 impl Check<'_, '_> {
-    pub(super) async fn count_bitmaps(&mut self, repair: Repair) -> Result<(), Error> {
+    pub(super) async fn count_bitmaps(&mut self, repair: Fix) -> Result<(), Error> {
         let Some(directory) = self.image.header.extensions.bitmaps else {
             return Ok(());
         };
@@ -48,7 +49,7 @@ impl Check<'_, '_> {
         &mut self,
         bitmap: &Bitmap,
         entry_at: u64,
-        repair: Repair,
+        repair: Fix,
     ) -> Result<(), Error> {
         let geometry = self.image.geometry;
         let (offset, entries) = (bitmap.table_offset, u64::from(bitmap.table_entries));

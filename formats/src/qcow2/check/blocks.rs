@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use blockcore::Error;
 
-use super::Check;
 use super::image::Image;
+use super::{Check, Repairs};
 use crate::qcow2::layout::{Geometry, refcount, set_refcount};
 
 /// Where in an entry of the refcount table the block's offset is.

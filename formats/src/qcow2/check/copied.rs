@@ -2,19 +2,20 @@
 
 use blockcore::{Error, ErrorKind};
 
+use super::Check;
 use super::walk::{COPIED, EntryKind, OFFSET_MASK};
-use super::{Check, Repair};
 use crate::qcow2::layout::bytes::{from_words, words};
+use blockcore::driver::Fix;
 
 impl Check<'_, '_> {
     /// Looks at the flags of all entries that have a place, after reference counts have been repaired.
     pub(super) async fn check_copied(&mut self) -> Result<(), Error> {
         let report = self.report;
         let repair = match self.repair {
-            Repair::All => true,
+            Fix::All => true,
             // Only where the counts are known to be right.
-            Repair::Leaks => (report.check_errors, report.corruptions, report.leaks) == (0, 0, 0),
-            Repair::Nothing => false,
+            Fix::Leaks => (report.check_errors, report.corruptions, report.leaks) == (0, 0, 0),
+            Fix::None => false,
         };
         let header = &self.image.header;
         let (offset, entries) = (header.l1_offset, u64::from(header.l1_entries));

@@ -1,17 +1,19 @@
 //! [`Image`]: the file of an image that is checked: its header, and its bytes.
 
 use blockcore::driver::WriteFlags;
-use blockcore::io::Io;
 use blockcore::io::buffer::Segments;
+use blockcore::io::{Io, align};
 use blockcore::{Error, ErrorKind, IoError};
 
-use super::Repair;
 use crate::qcow2::layout::Geometry;
 use crate::qcow2::layout::bytes::words;
 use crate::qcow2::layout::header::{Features, Header, PREFIX_BYTES, Purpose};
+use blockcore::driver::Fix;
 
-/// Files are counted in sectors.
-const SECTOR_BYTES: u64 = 512;
+/// Files and disks are counted in sectors.
+pub(super) const SECTOR_BYTES: u64 = 512;
+/// How much of a table is read at once.
+const PIECE_BYTES: u64 = 1 << 20;
 /// Where in the header the incompatible features are, and the autoclear ones.
 const INCOMPATIBLE_AT: u64 = 72;
 const AUTOCLEAR_AT: u64 = 88;
@@ -26,7 +28,7 @@ pub(super) struct Image<'a> {
 impl<'a> Image<'a> {
     /// Reads the header. For a repair, also says there that what others keep beside the image is out of
     /// date from now on.
-    pub(super) async fn open(io: Io<'a>, repair: Repair) -> Result<Self, Error> {
+    pub(super) async fn open(io: Io<'a>, repair: Fix) -> Result<Self, Error> {
         let prefix = read(io, 0, PREFIX_BYTES as u64).await?;
         let cluster_bytes = Header::cluster_bytes_in(&prefix)?;
         let first = read(io, 0, cluster_bytes.min(io.bytes())).await?;
@@ -38,7 +40,7 @@ impl<'a> Image<'a> {
         };
         let stale = image.header.unknown_autoclear() | Features::SEGMENT;
         let autoclear = image.header.features.autoclear;
-        if repair != Repair::Nothing && autoclear & stale != 0 {
+        if repair != Fix::None && autoclear & stale != 0 {
             image.header.features.autoclear = autoclear & !stale;
             let field = image.header.features.autoclear.to_be_bytes();
             image.write(AUTOCLEAR_AT, &field).await?;
@@ -57,11 +59,23 @@ impl<'a> Image<'a> {
         read(self.io, offset, bytes).await
     }
 
-    /// A table of `entries` words, as far as the file goes: what lies past its end is zero.
+    /// A table of `entries` words, up to the last that is not zero: what lies past the end of the file is.
     pub(super) async fn words(&self, offset: u64, entries: u64) -> Result<Vec<u64>, Error> {
         let inside = self.io.bytes().saturating_sub(offset);
         let bytes = (entries * 8).min(inside.next_multiple_of(8));
-        Ok(words(&self.read(offset, bytes).await?).collect())
+        let (mut table, mut zeroes) = (Vec::new(), 0);
+        for (piece, piece_bytes) in align::pieces(offset, bytes, PIECE_BYTES) {
+            for word in words(&self.read(piece, piece_bytes).await?) {
+                if word == 0 {
+                    zeroes += 1;
+                    continue;
+                }
+                table.resize(table.len() + zeroes, 0);
+                table.push(word);
+                zeroes = 0;
+            }
+        }
+        Ok(table)
     }
 
     pub(super) async fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), Error> {

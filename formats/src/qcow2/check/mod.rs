@@ -17,73 +17,45 @@ mod bitmaps;
 mod blocks;
 mod copied;
 mod counts;
+pub(super) mod driver;
 mod image;
 mod rebuild;
 mod snapshots;
 mod walk;
 
 use blockcore::Error;
+use blockcore::driver::{CheckReport, Fix};
 use blockcore::io::Io;
 
 use self::blocks::Blocks;
 use self::counts::Counts;
-use self::image::Image;
+use self::image::{Image, SECTOR_BYTES};
 use self::snapshots::Snapshots;
 use super::layout::header::Features;
 
-/// What to repair.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Repair {
-    /// Nothing is written.
-    #[default]
-    Nothing,
-    /// Clusters that nobody refers to become free.
-    Leaks,
-    /// Corruptions too, as far as that can be.
-    All,
+/// What a repair may touch, as questions.
+trait Repairs {
+    fn has_leaks(self) -> bool;
+    fn has_errors(self) -> bool;
+    /// The first word of a message on something that this repairs, or does not.
+    fn verb(self) -> &'static str;
 }
 
-impl Repair {
+impl Repairs for Fix {
     fn has_leaks(self) -> bool {
-        self != Self::Nothing
+        self != Self::None
     }
 
     fn has_errors(self) -> bool {
         self == Self::All
     }
 
-    /// The first word of a message on something that this repairs, or does not.
     fn verb(self) -> &'static str {
         match self {
             Self::All => "repairing",
-            Self::Nothing | Self::Leaks => "error",
+            Self::None | Self::Leaks => "error",
         }
     }
-}
-
-/// What a check has found, and what of it is repaired.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct CheckReport {
-    /// Those that are left.
-    pub corruptions: u64,
-    /// Those that are left.
-    pub leaks: u64,
-    /// What could not be looked at or written.
-    pub check_errors: u64,
-    /// Those that have been repaired.
-    pub corruptions_fixed: u64,
-    /// Those that have been repaired.
-    pub leaks_fixed: u64,
-    /// Clusters that the disk has.
-    pub total_clusters: u64,
-    /// Those of them that have a place.
-    pub allocated_clusters: u64,
-    /// Those of them whose place does not follow that of the one before.
-    pub fragmented_clusters: u64,
-    /// Those of them that are compressed.
-    pub compressed_clusters: u64,
-    /// Where the last cluster that is in use ends, in bytes.
-    pub image_end_offset: u64,
 }
 
 /// Checks the image in `file`, a node that nobody else uses; `log` gets a sentence for each thing that is
@@ -98,7 +70,7 @@ pub struct CheckReport {
 /// repair that needs more than was asked for. What was repaired before that stays repaired.
 pub async fn check(
     file: Io<'_>,
-    repair: Repair,
+    repair: Fix,
     log: &mut dyn FnMut(&str),
 ) -> Result<CheckReport, Error> {
     let image = Image::open(file, repair).await?;
@@ -121,7 +93,7 @@ pub async fn check(
 /// A check under way.
 struct Check<'a, 'l> {
     image: Image<'a>,
-    repair: Repair,
+    repair: Fix,
     report: CheckReport,
     snapshots: Snapshots,
     /// How often clusters are referred to.
@@ -138,14 +110,16 @@ struct Check<'a, 'l> {
 impl Check<'_, '_> {
     async fn run(&mut self) -> Result<(), Error> {
         let header = &self.image.header;
-        self.report.total_clusters = self.image.geometry.clusters(header.bytes);
+        // Of whole sectors, as QEMU counts.
+        let disk_bytes = header.bytes - header.bytes % SECTOR_BYTES;
+        self.report.total_clusters = self.image.geometry.clusters(disk_bytes);
         self.read_snapshots().await?;
         self.count_all(self.repair).await?;
         let counted = self.report;
-        self.compare(Repair::Nothing).await?;
+        self.compare(Fix::None).await?;
         if self.rebuild && self.repair.has_errors() {
             self.rebuild().await?;
-        } else if self.repair != Repair::Nothing {
+        } else if self.repair != Fix::None {
             if self.rebuild {
                 return Err(Error::new(
                     blockcore::ErrorKind::Corrupt,
@@ -165,7 +139,7 @@ impl Check<'_, '_> {
 
     /// Counts the references to everything but reference counts, and looks whether what refers makes
     /// sense.
-    async fn count(&mut self, repair: Repair) -> Result<(), Error> {
+    async fn count(&mut self, repair: Fix) -> Result<(), Error> {
         let geometry = self.image.geometry;
         self.refer(0, geometry.cluster_bytes());
         self.count_active(repair).await?;
@@ -174,7 +148,7 @@ impl Check<'_, '_> {
     }
 
     /// As [`count`](Self::count), with the reference counts' own place.
-    async fn count_all(&mut self, repair: Repair) -> Result<(), Error> {
+    async fn count_all(&mut self, repair: Fix) -> Result<(), Error> {
         self.count(repair).await?;
         let header = &self.image.header;
         let (table, bytes) = (header.refcount_table_offset, header.refcount_table_bytes());
@@ -204,7 +178,7 @@ impl Check<'_, '_> {
 
     /// Marks the image as in order, if it is now.
     async fn finish(&mut self) -> Result<(), Error> {
-        if self.repair == Repair::Nothing {
+        if self.repair == Fix::None {
             return Ok(());
         }
         self.blocks.write_back(&self.image).await?;
@@ -218,7 +192,7 @@ impl Check<'_, '_> {
     }
 
     /// Compares what was counted with what the image says, and corrects it as far as asked.
-    async fn compare(&mut self, repair: Repair) -> Result<(), Error> {
+    async fn compare(&mut self, repair: Fix) -> Result<(), Error> {
         let per_block = self.image.geometry.block_counts();
         let clusters = self.counts.clusters();
         self.highest = 0;
@@ -242,7 +216,7 @@ impl Check<'_, '_> {
                 }
             }
         }
-        if repair != Repair::Nothing {
+        if repair != Fix::None {
             self.blocks.write_back(&self.image).await?;
         }
         Ok(())
@@ -260,7 +234,7 @@ impl Check<'_, '_> {
         blocks
     }
 
-    fn correct(&mut self, cluster: u64, has: u64, should: u64, repair: Repair) {
+    fn correct(&mut self, cluster: u64, has: u64, should: u64, repair: Fix) {
         let is_leak = has > should;
         let may = match is_leak {
             true => repair.has_leaks(),

@@ -4,12 +4,13 @@ use std::mem;
 
 use blockcore::Error;
 
+use super::Check;
 use super::blocks::Blocks;
 use super::counts::Counts;
-use super::{Check, Repair};
 use crate::qcow2::layout::bytes::from_words;
 use crate::qcow2::layout::extension::corrupt;
 use crate::qcow2::layout::header::MAX_REFCOUNT_TABLE_BYTES;
+use blockcore::driver::Fix;
 
 /// Where in the header these begin: offset and clusters of the refcount table, number and offset of
 /// snapshots. All in one sector.
@@ -63,7 +64,7 @@ impl Check<'_, '_> {
         }
         let new = Counts::new(geometry, self.image.bytes());
         let mut taken = mem::replace(&mut self.counts, new);
-        self.count(Repair::Nothing).await?;
+        self.count(Fix::None).await?;
         let (first, table) = self.place_refcounts(&mut taken)?;
         for (index, offset) in table.iter().enumerate().filter(|(_, offset)| **offset != 0) {
             let block = self.counts.block(index as u64 * geometry.block_counts());

@@ -2,7 +2,7 @@
 
 use blockcore::Error;
 
-use super::Check;
+use super::{Check, Repairs};
 use crate::qcow2::layout::extension::corrupt;
 use crate::qcow2::layout::header::MAX_SNAPSHOTS;
 use crate::qcow2::layout::snapshot::{
@@ -49,6 +49,11 @@ impl Check<'_, '_> {
         let mut at = start;
         for index in 0..count {
             let begin = at.next_multiple_of(8);
+            if begin >= self.image.bytes() {
+                self.miss_snapshots(count - index);
+                at = begin + u64::from(count - index) * HEAD_BYTES as u64;
+                break;
+            }
             let (snapshot, end) = self.read_snapshot(index, begin).await?;
             if end - start > MAX_TABLE_BYTES {
                 if !all {
@@ -80,6 +85,17 @@ impl Check<'_, '_> {
             }
         }
         Ok(())
+    }
+
+    /// The file ends before the last snapshots. They would be empty; a repair leaves them out.
+    fn miss_snapshots(&mut self, missing: u32) {
+        if self.image.header.version >= 3 {
+            let verb = self.repair.verb();
+            self.say(&format!(
+                "{verb}: {missing} snapshots are past the end of the file"
+            ));
+            self.snapshots.corruptions += u64::from(missing);
+        }
     }
 
     /// An entry, and where it ends.

@@ -2,11 +2,12 @@
 
 use blockcore::{Error, ErrorKind};
 
-use super::{Check, Repair};
+use super::{Check, Repairs};
 use crate::qcow2::layout::Geometry;
 use crate::qcow2::layout::bytes::words;
 use crate::qcow2::layout::entry::L2Entry;
 use crate::qcow2::layout::header::MAX_L1_BYTES;
+use blockcore::driver::Fix;
 
 /// Where in an entry the host offset is.
 pub(super) const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
@@ -68,7 +69,7 @@ pub(super) enum Tables {
 
 impl Check<'_, '_> {
     /// Counts what the disk as it is now refers to.
-    pub(super) async fn count_active(&mut self, repair: Repair) -> Result<(), Error> {
+    pub(super) async fn count_active(&mut self, repair: Fix) -> Result<(), Error> {
         let (offset, entries) = (
             self.image.header.l1_offset,
             u64::from(self.image.header.l1_entries),
@@ -80,7 +81,7 @@ impl Check<'_, '_> {
     }
 
     /// Counts what snapshots refer to, and their table.
-    pub(super) async fn count_snapshots(&mut self, repair: Repair) -> Result<(), Error> {
+    pub(super) async fn count_snapshots(&mut self, repair: Fix) -> Result<(), Error> {
         let snapshots = self.snapshots.list.len();
         if self.image.geometry.data_file && snapshots > 0 {
             self.corrupt(&format!(
@@ -117,7 +118,7 @@ impl Check<'_, '_> {
         offset: u64,
         entries: u64,
         tables: Tables,
-        repair: Repair,
+        repair: Fix,
     ) -> Result<(), Error> {
         if offset > i64::MAX as u64 - MAX_L1_BYTES {
             self.corrupt(&format!("an L1 table is at {offset:#x}, beyond any file"));
@@ -144,7 +145,7 @@ impl Check<'_, '_> {
         Ok(())
     }
 
-    async fn count_l2(&mut self, table: u64, tables: Tables, repair: Repair) -> Result<(), Error> {
+    async fn count_l2(&mut self, table: u64, tables: Tables, repair: Fix) -> Result<(), Error> {
         let geometry = self.image.geometry;
         let bytes = self.image.read(table, geometry.cluster_bytes()).await?;
         let mut walk = L2Walk {
@@ -325,7 +326,7 @@ impl Check<'_, '_> {
 struct L2Walk {
     table: u64,
     tables: Tables,
-    repair: Repair,
+    repair: Fix,
     /// Where a cluster would be that follows the last one.
     follows: Option<u64>,
 }
