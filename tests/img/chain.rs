@@ -322,7 +322,8 @@ fn what_a_guest_reads_survives_being_rebased_to_anything() {
     let mut random = Random::announced("rebased_to_anything");
     for round in 0..4 {
         let images = chain();
-        let other = Pattern::random(&mut random, (1 + random.clone().below(20)) * CLUSTER_BYTES);
+        let clusters = 1 + random.below(20);
+        let other = Pattern::random(&mut random, clusters * CLUSTER_BYTES);
         images.raw("other.raw", &other);
         images.done(&[
             "rebase",

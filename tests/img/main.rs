@@ -1,10 +1,11 @@
 //! `stonework img` against `qemu-img`: the same command lines on copies of the same files have the same
 //! exit status, say the same and leave the same bytes.
 //!
-//! `raw`: images without a format of their own. `chain`: what needs backing images, in this process with
-//! a small format of the harness.
+//! `raw`: images without a format of their own. `qcow2`: those of QEMU's. `chain`: what needs backing
+//! images, in this process with a small format of the harness.
 
 mod chain;
+mod qcow2;
 mod raw;
 
 use std::fs::{self, File};

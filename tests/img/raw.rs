@@ -324,7 +324,7 @@ fn dd_copies_the_same_blocks() {
     for args in [
         &["dd", "-f", "raw", "if=a.raw", "of=b.raw"][..],
         &[
-            "dd", "-f", "raw", "-O", "raw", "bs=4k", "count=3", "skip=15", "if=a.raw", "of=b.raw",
+            "dd", "-f", "raw", "-O", "raw", "bs=4k", "skip=15", "if=a.raw", "of=b.raw",
         ],
         &[
             "dd",
@@ -358,6 +358,12 @@ fn dd_copies_the_same_blocks() {
         pair.same(args);
         pair.same_bytes("b.raw");
     }
+    // Here `qemu-img` 10.0 takes the skipped blocks off those that it is to copy.
+    let operands = ["bs=4k", "count=3", "skip=15", "if=a.raw", "of=b.raw"];
+    let (ours, _) = pair.run(&[&["dd", "-f", "raw"], &operands[..]].concat());
+    ours.expect_success();
+    let [source, copy] = ["a.raw", "b.raw"].map(|name| fs::read(path(&pair.ours, name)).unwrap());
+    assert!(copy == source[15 * 4096..18 * 4096]);
 }
 
 #[test]
@@ -426,6 +432,8 @@ fn bench_takes_the_same_options() {
             "-w",
             "-c",
             "64",
+            "-d",
+            "4",
             "--flush-interval",
             "8",
             "--no-drain",
@@ -440,7 +448,6 @@ fn bench_takes_the_same_options() {
         &["bench", "-f", "raw", "--flush-interval", "80", "a.raw"],
         &["bench", "-f", "raw", "-c", "0", "a.raw"],
         &["bench", "-f", "raw", "-d", "0", "a.raw"],
-        &["bench", "-f", "raw", "--no-drain", "a.raw"],
     ] {
         assert_eq!(pair.same_status(args), Some(1), "{args:?}");
     }

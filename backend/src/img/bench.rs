@@ -60,7 +60,7 @@ pub struct BenchArgs {
     #[arg(long, value_name = "REQUESTS", requires = "write")]
     pub flush_interval: Option<u64>,
     /// Flush without waiting for the requests that are under way
-    #[arg(long, requires = "flush_interval")]
+    #[arg(long)]
     pub no_drain: bool,
     /// Read it although somebody may be changing it
     #[arg(short = 'U', long, conflicts_with = "write")]
@@ -106,10 +106,12 @@ struct Bench {
 
 pub(super) async fn run(program: Rc<Program>, args: BenchArgs) -> Result<u8, Failure> {
     let depth = u64::from(args.depth);
-    if args.flush_interval.is_some_and(|interval| interval < depth) && !args.no_drain {
+    if let Some(interval) = args
+        .flush_interval
+        .filter(|interval| (1..depth).contains(interval))
+    {
         return Err(Error::invalid(format!(
-            "a flush every {} requests cannot wait for {depth} at a time: use --no-drain, or -d",
-            args.flush_interval.unwrap_or(0)
+            "{depth} requests at a time (-d) are more than the {interval} after which to flush"
         ))
         .into());
     }

@@ -180,7 +180,7 @@ async fn open_chain(program: &Program, layers: &[Layer], how: &How) -> Result<Ch
         ..RootSpec::reader("stonework img commit")
     };
     let writer = Permissions::CONSISTENT_READ | Permissions::WRITE;
-    let base_root = program.control.add_root(&node_name, spec(writer)).await?;
+    let base_root = program.use_node(&node_name, spec(writer)).await?;
     for (place, layer) in above.iter().enumerate().rev() {
         let how_layer = How {
             format: Some(layer.format.to_owned()),
@@ -193,16 +193,12 @@ async fn open_chain(program: &Program, layers: &[Layer], how: &How) -> Result<Ch
         node = program.control.add(options).await?;
     }
     let top_root = program
-        .control
-        .add_root(&node_name, spec(Permissions::CONSISTENT_READ))
+        .use_node(&node_name, spec(Permissions::CONSISTENT_READ))
         .await?;
-    let image = |name: &str, node, root| {
-        let root = program.control.root_here(root)?;
-        Ok::<_, Error>(Image::of_root(&program.control, name, node, root, how))
-    };
+    let image = |name: &str, node, root| Image::of_root(&program.control, name, node, root, how);
     Ok(Chain {
-        top: image(&above[0].name, node, top_root)?,
-        base: image(&base.name, base_node, base_root)?,
+        top: image(&above[0].name, node, top_root),
+        base: image(&base.name, base_node, base_root),
     })
 }
 
@@ -234,18 +230,8 @@ impl Chain {
             let is_base = |io: blockcore::io::Io<'_>| io.name() == base_name;
             let left = bytes - offset;
             let status = request.io().status_above(is_base, true, offset, left).await;
-            let (status, _) = status.map_err(|error| self.top.failed("look at", offset, error))?;
+            let extent = self.top.to_extent(status, offset, left)?;
             drop(request);
-            let extent = super::walk::Extent {
-                bytes: status.bytes.min(left),
-                status,
-                depth: 0,
-            };
-            if extent.bytes == 0 {
-                return Err(self
-                    .top
-                    .failed("look at", offset, blockcore::IoError::OutOfRange));
-            }
             let mut length = extent.bytes;
             if extent.is_allocated() && extent.is_zero() {
                 length = length.min(MAX_ZERO_BYTES);

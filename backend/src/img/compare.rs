@@ -101,15 +101,16 @@ pub(super) async fn run(program: Rc<Program>, args: CompareArgs) -> Result<u8, F
         true => Ok(()),
         false => program.say(text),
     };
-    if one.bytes() != other.bytes() {
-        if args.strict {
-            say("Strict mode: Image size mismatch!")?;
-            return Ok(DIFFERENT);
-        }
-        say("Warning: Image size mismatch!")?;
+    if args.strict && one.bytes() != other.bytes() {
+        say("Strict mode: Image size mismatch!")?;
+        return Ok(DIFFERENT);
     }
     let progress = Progress::new(&program.output, args.progress && !args.quiet);
-    let verdict = compare(&one, &other, args.strict, &progress).await?;
+    let mut verdict = compare_common(&one, &other, args.strict, &progress).await?;
+    if verdict == Verdict::Identical && one.bytes() != other.bytes() {
+        say("Warning: Image size mismatch!")?;
+        verdict = compare_rest(&one, &other, &progress).await?;
+    }
     progress.finish();
     drop(progress);
     let status = match verdict {
@@ -127,7 +128,12 @@ pub(super) async fn run(program: Rc<Program>, args: CompareArgs) -> Result<u8, F
     Ok(status)
 }
 
-async fn compare(
+fn different(offset: u64) -> Verdict {
+    Verdict::Different(format!("Content mismatch at offset {offset}!"))
+}
+
+/// Compares as far as both go.
+async fn compare_common(
     one: &Image,
     other: &Image,
     strict: bool,
@@ -136,11 +142,6 @@ async fn compare(
     let common = one.bytes().min(other.bytes());
     let whole = one.bytes().max(other.bytes());
     let buffers = [0, 1].map(|_| Segments::allocate(CHUNK_BYTES as usize, 4096));
-    let different = |offset| {
-        Ok(Verdict::Different(format!(
-            "Content mismatch at offset {offset}!"
-        )))
-    };
     let mut offset = 0;
     while offset < common {
         progress.at(offset, whole);
@@ -153,57 +154,57 @@ async fn compare(
                 "Strict mode: Offset {offset} block status mismatch!"
             )));
         }
-        let mut bytes = second.bytes;
-        let is_different = match (first.is_zero(), second.is_zero()) {
-            (true, true) => None,
-            (is_zero, other_is_zero) => {
-                bytes = bytes.min(CHUNK_BYTES);
-                let parts = buffers.each_ref().map(|buffer| buffer.slice(0, bytes));
-                let [of_one, of_other] = &parts;
-                match is_zero {
-                    true => of_one.fill(0),
-                    false => one
-                        .read(offset, of_one.clone())
-                        .await
-                        .with_status(NOT_READ)?,
-                }
-                match other_is_zero {
-                    true => of_other.fill(0),
-                    false => other
-                        .read(offset, of_other.clone())
-                        .await
-                        .with_status(NOT_READ)?,
-                }
-                walk::first_difference(&of_one.to_vec(), &of_other.to_vec())
-            }
-        };
-        if let Some(at) = is_different {
-            return different(offset + at);
+        if first.is_zero() && second.is_zero() {
+            offset += second.bytes;
+            continue;
         }
-        offset += bytes;
-    }
-    // What the longer one has more must be nothing.
-    let longer = if one.bytes() > common { one } else { other };
-    while offset < whole {
-        progress.at(offset, whole);
-        let extent = longer.extent(offset, whole - offset).await;
-        let extent = extent.with_status(NO_STATUS)?;
-        let mut bytes = extent.bytes;
-        if extent.is_allocated() && !extent.is_zero() {
-            bytes = bytes.min(CHUNK_BYTES);
-            let part = buffers[0].slice(0, bytes);
-            longer
-                .read(offset, part.clone())
-                .await
-                .with_status(NOT_READ)?;
-            let zeroes = vec![0; bytes as usize];
-            if let Some(at) = walk::first_difference(&part.to_vec(), &zeroes) {
-                return different(offset + at);
-            }
+        let bytes = second.bytes.min(CHUNK_BYTES);
+        let [of_one, of_other] = buffers.each_ref().map(|buffer| buffer.slice(0, bytes));
+        read(one, &first, offset, &of_one).await?;
+        read(other, &second, offset, &of_other).await?;
+        if let Some(at) = walk::first_difference(&of_one.to_vec(), &of_other.to_vec()) {
+            return Ok(different(offset + at));
         }
         offset += bytes;
     }
     Ok(Verdict::Identical)
+}
+
+/// Looks whether what the longer one has more is nothing.
+async fn compare_rest(one: &Image, other: &Image, progress: &Progress) -> Result<Verdict, Failure> {
+    let (longer, mut offset) = match one.bytes() > other.bytes() {
+        true => (one, other.bytes()),
+        false => (other, one.bytes()),
+    };
+    let whole = longer.bytes();
+    let buffer = Segments::allocate(CHUNK_BYTES as usize, 4096);
+    while offset < whole {
+        progress.at(offset, whole);
+        let extent = longer.extent(offset, whole - offset).await;
+        let extent = extent.with_status(NO_STATUS)?;
+        if !extent.is_allocated() || extent.is_zero() {
+            offset += extent.bytes;
+            continue;
+        }
+        let bytes = extent.bytes.min(CHUNK_BYTES);
+        let part = buffer.slice(0, bytes);
+        read(longer, &extent, offset, &part).await?;
+        let zeroes = vec![0; bytes as usize];
+        if let Some(at) = walk::first_difference(&part.to_vec(), &zeroes) {
+            return Ok(different(offset + at));
+        }
+        offset += bytes;
+    }
+    Ok(Verdict::Identical)
+}
+
+/// Reads what is in a range, if a look at it has not said that.
+async fn read(image: &Image, extent: &Extent, offset: u64, into: &Segments) -> Result<(), Failure> {
+    if extent.is_zero() {
+        into.fill(0);
+        return Ok(());
+    }
+    image.read(offset, into.clone()).await.with_status(NOT_READ)
 }
 
 /// What has to be the same in strict mode.

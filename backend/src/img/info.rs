@@ -12,6 +12,7 @@ use serde_json::{Map, Value, json};
 
 use super::cli::{FormatArgs, OutputFormat};
 use super::open::{How, Image, Probing};
+use super::walk::SECTOR_BYTES;
 use super::{Failure, Program, output, snapshot};
 
 /// Longest chain of images that is followed: longer ones are a mistake, or a loop.
@@ -85,7 +86,11 @@ pub(super) async fn run(program: Rc<Program>, args: InfoArgs) -> Result<u8, Fail
             .into());
         }
         let image = program.open(&name, &how).await?;
-        let info = look(&image).await?;
+        let mut info = look(&image).await?;
+        if how.image_opts {
+            let node = image.node;
+            info.filename = program.control.read(|graph| graph.described(node).name());
+        }
         image.close().await?;
         if let Some(backing) = info.backing.as_ref().filter(|_| args.backing_chain) {
             let Some(full) = &backing.full else {
@@ -191,7 +196,8 @@ async fn look_at_child(image: &Image, child: Below, parent: Io<'_>) -> Result<Ch
             filename: graph.described(child.node).name(),
             format: node.driver_name(),
             is_protocol: node.driver_type().children.is_empty(),
-            bytes: node.bytes(),
+            // As disks have it: in whole sectors.
+            bytes: node.bytes().next_multiple_of(SECTOR_BYTES),
             allocated,
             driver: node.io().info(),
             children,
@@ -216,10 +222,16 @@ fn property(name: &str, text: &str) -> Value {
     }
 }
 
-fn specific(driver: &DriverInfo) -> Value {
+fn add_specific(info: &mut Map<String, Value>, format: &str, driver: &DriverInfo) {
+    // `qemu-img` has this for files, too, where it is empty.
+    if driver.specific.is_empty() && !matches!(format, "file" | "host_device") {
+        return;
+    }
     let properties = driver.specific.iter();
     let properties = properties.map(|(name, text)| ((*name).to_owned(), property(name, text)));
-    Value::Object(properties.collect())
+    let data = Value::Object(properties.collect());
+    let of_format = json!({"type": format, "data": data});
+    info.insert("format-specific".into(), of_format);
 }
 
 impl ImageInfo {
@@ -250,11 +262,7 @@ impl ImageInfo {
             let snapshots = self.snapshots.iter().map(snapshot::to_json);
             info.insert("snapshots".into(), Value::Array(snapshots.collect()));
         }
-        if !self.driver.specific.is_empty() {
-            let data = specific(&self.driver);
-            let of_format = json!({"type": self.format, "data": data});
-            info.insert("format-specific".into(), of_format);
-        }
+        add_specific(&mut info, self.format, &self.driver);
         Value::Object(info)
     }
 
@@ -317,17 +325,8 @@ impl ChildInfo {
         if self.driver.cluster_bytes > 0 {
             info.insert("cluster-size".into(), json!(self.driver.cluster_bytes));
         }
-        // `qemu-img` has this for files, too, where it is empty.
-        if !self.driver.specific.is_empty() || self.is_file() {
-            let data = specific(&self.driver);
-            let of_format = json!({"type": self.format, "data": data});
-            info.insert("format-specific".into(), of_format);
-        }
+        add_specific(&mut info, self.format, &self.driver);
         json!({"name": self.name, "info": info})
-    }
-
-    fn is_file(&self) -> bool {
-        matches!(self.format, "file" | "host_device")
     }
 
     fn add_human(&self, lines: &mut Vec<String>, above: &str, indent: usize) {

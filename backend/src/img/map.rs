@@ -5,7 +5,6 @@ use std::rc::Rc;
 use blockcore::Error;
 use blockcore::driver::StatusFlags;
 use clap::Args;
-use serde_json::Value;
 
 use super::cli::{FormatArgs, OutputFormat, parse_bytes};
 use super::open::{How, Image, Probing};
@@ -128,7 +127,7 @@ pub(super) async fn run(program: Rc<Program>, args: MapArgs) -> Result<u8, Failu
     let mut last: Option<Entry> = None;
     let mut offset = args.start_offset;
     while offset < end {
-        let extent = image.extent(offset, end - offset).await?;
+        let extent = image.known_extent(offset, end - offset).await?;
         let entry = entry(&image, offset, &extent);
         offset += entry.bytes;
         match &mut last {
@@ -140,9 +139,14 @@ pub(super) async fn run(program: Rc<Program>, args: MapArgs) -> Result<u8, Failu
             }
         }
     }
-    if let Some(last) = last {
-        printed.add(&last)?;
-    }
+    // As `qemu-img` has it, nothing is one range, of no bytes.
+    printed.add(&last.unwrap_or(Entry {
+        start: args.start_offset,
+        bytes: 0,
+        flags: StatusFlags::empty(),
+        depth: 0,
+        place: None,
+    }))?;
     printed.end()?;
     image.close().await?;
     Ok(0)
@@ -169,10 +173,9 @@ impl Printed<'_> {
     }
 
     fn end(self) -> Result<(), Error> {
-        match (self.json, self.begun) {
-            (false, _) => Ok(()),
-            (true, true) => self.program.say("]"),
-            (true, false) => self.program.say(Value::Array(Vec::new()).to_string()),
+        match self.json {
+            true => self.program.say("]"),
+            false => Ok(()),
         }
     }
 }

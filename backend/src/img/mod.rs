@@ -40,8 +40,8 @@ use std::rc::Rc;
 use blockcore::Error;
 use blockcore::driver::DriverType;
 use blockcore::engine::{EngineChoice, make};
-use blockcore::graph::{Control, Graph};
-use blockcore::io::IoContext;
+use blockcore::graph::{Control, Graph, RootId, RootSpec};
+use blockcore::io::{IoContext, Root};
 
 use self::cli::{ImgArgs, Verb};
 use crate::serve::Probe;
@@ -57,6 +57,8 @@ pub struct Program {
     arguments: Vec<String>,
     output: Output,
     next_name: Cell<u32>,
+    /// Uses of nodes that were begun; some are over.
+    roots: RefCell<Vec<RootId>>,
 }
 
 /// Why a verb failed, with the exit status that says so.
@@ -117,11 +119,11 @@ pub fn run(
         arguments,
         output,
         next_name: Cell::new(0),
+        roots: RefCell::default(),
     });
     let done = context.block_on(async move {
         let done = verb(Rc::clone(&program), args.verb).await;
-        // Whatever a failure left open.
-        let closed = program.control.close_all().await;
+        let closed = program.close().await;
         let flushed = program.output.borrow_mut().flush();
         let flushed = flushed.map_err(|error| output_failed(&error));
         match done {
@@ -167,6 +169,24 @@ fn output_failed(error: &std::io::Error) -> Error {
 }
 
 impl Program {
+    /// Closes what the verb, or its failure, has left open: a format writes back only then what it keeps.
+    async fn close(&self) -> Result<(), Error> {
+        let mut outcome = Ok(());
+        for root in self.roots.take() {
+            if self.control.node_of(root).is_some() {
+                outcome = outcome.and(self.control.remove_root(root).await);
+            }
+        }
+        outcome.and(self.control.close_all().await)
+    }
+
+    /// Uses a node until the verb ends, or the image is closed.
+    async fn use_node(&self, node: &str, spec: RootSpec) -> Result<Rc<Root>, Error> {
+        let id = self.control.add_root(node, spec).await?;
+        self.roots.borrow_mut().push(id);
+        self.control.root_here(id)
+    }
+
     /// Prints a line.
     fn say(&self, line: impl AsRef<str>) -> Result<(), Error> {
         let written = writeln!(self.output.borrow_mut(), "{}", line.as_ref());

@@ -13,6 +13,7 @@ use blockcore::{Error, ErrorKind, IoError};
 
 use super::Program;
 use super::cli::FormatArgs;
+use super::walk::SECTOR_BYTES;
 use crate::cli::CacheMode;
 
 /// Whether an image's format may be found out from its first bytes.
@@ -152,8 +153,7 @@ impl Program {
         if how.force_share {
             spec.shares = Permissions::all();
         }
-        let root = self.control.add_root(node, spec).await?;
-        self.control.root_here(root)
+        self.use_node(node, spec).await
     }
 
     /// The options of an image's node, with a name of ours.
@@ -304,8 +304,8 @@ impl Program {
         self.control.add(options).await?;
         let mut spec = RootSpec::reader("a look at the image's format");
         spec.shares = Permissions::all();
-        let id = self.control.add_root(&node, spec).await?;
-        let root = self.control.root_here(id)?;
+        let root = self.use_node(&node, spec).await?;
+        let id = root.id();
         let bytes = root.bytes().min(self.probe.bytes as u64);
         let into = Segments::allocate(bytes as usize, 512);
         let read = root.read(0, into.clone()).await;
@@ -340,9 +340,10 @@ impl Image {
         }
     }
 
-    /// Its length in bytes.
+    /// Its length in bytes, in whole sectors as a disk has it: what a file lacks of its last one reads as
+    /// zeroes.
     pub(super) fn bytes(&self) -> u64 {
-        self.root.bytes()
+        self.root.bytes().next_multiple_of(SECTOR_BYTES)
     }
 
     /// Looks at its node.

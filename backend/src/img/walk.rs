@@ -1,9 +1,9 @@
 //! What ranges of an image are, through its chain, and what is in them.
 
-use blockcore::Error;
 use blockcore::driver::{Status, StatusFlags, WriteFlags, ZeroFlags};
 use blockcore::io::RequestKind;
 use blockcore::io::buffer::Segments;
+use blockcore::{Error, IoError};
 
 use super::open::Image;
 
@@ -44,20 +44,12 @@ impl Image {
     ///
     /// What the host said.
     pub(super) async fn extent(&self, offset: u64, bytes: u64) -> Result<Extent, Error> {
+        if offset >= self.root.bytes() {
+            return self.past_end(offset, bytes).await;
+        }
         let request = self.request().await;
         let status = request.io().status_above(|_| false, true, offset, bytes);
-        let (status, depth) = status
-            .await
-            .map_err(|error| self.failed("look at", offset, error))?;
-        if status.bytes == 0 {
-            // It has shrunk under us.
-            return Err(self.failed("look at", offset, blockcore::IoError::OutOfRange));
-        }
-        Ok(Extent {
-            bytes: status.bytes.min(bytes),
-            status,
-            depth,
-        })
+        self.to_extent(status.await, offset, bytes)
     }
 
     /// What its own layer has, whatever is below.
@@ -66,16 +58,72 @@ impl Image {
     ///
     /// What the host said.
     pub(super) async fn top_extent(&self, offset: u64, bytes: u64) -> Result<Extent, Error> {
+        if offset >= self.root.bytes() {
+            return self.past_end(offset, bytes).await;
+        }
         let request = self.request().await;
         let status = request.io().block_status(true, offset, bytes).await;
-        let status = status.map_err(|error| self.failed("look at", offset, error))?;
+        self.to_extent(status.map(|status| (status, 0)), offset, bytes)
+    }
+
+    /// As [`extent`](Self::extent), but of the first layer that knows what is read: a layer above one that
+    /// is too short knows of zeroes that it does not hold.
+    ///
+    /// # Errors
+    ///
+    /// What the host said.
+    pub(super) async fn known_extent(&self, offset: u64, bytes: u64) -> Result<Extent, Error> {
+        if offset >= self.root.bytes() {
+            return self.past_end(offset, bytes).await;
+        }
+        let request = self.request().await;
+        let (mut layer, mut depth, mut left) = (request.io(), 0, bytes);
+        loop {
+            let status = layer.block_status(true, offset, left).await;
+            let status = status.map_err(|error| self.failed("look at", offset, error))?;
+            let is_known = status
+                .flags
+                .intersects(StatusFlags::DATA | StatusFlags::ZERO);
+            let next = layer
+                .next_in_chain()
+                .filter(|_| !is_known && status.bytes > 0);
+            let Some(next) = next else {
+                return self.to_extent(Ok((status, depth)), offset, bytes);
+            };
+            (layer, depth, left) = (next, depth + 1, status.bytes);
+        }
+    }
+
+    /// What a file lacks of its image's last sector: zeroes, in the place where it would go on.
+    async fn past_end(&self, offset: u64, bytes: u64) -> Result<Extent, Error> {
+        let last = self.root.bytes().saturating_sub(1);
+        let request = self.request().await;
+        let answer = request.io().status_above(|_| false, true, last, 1).await;
+        let mut extent = self.to_extent(answer, last, 1)?;
+        extent.bytes = bytes;
+        let place = extent.status.flags & StatusFlags::PLACE;
+        extent.status.flags = place | StatusFlags::ZERO | StatusFlags::ALLOCATED;
+        extent.status.place.offset += offset - last;
+        Ok(extent)
+    }
+
+    /// An answer of the core.
+    pub(super) fn to_extent(
+        &self,
+        answer: Result<(Status, usize), IoError>,
+        offset: u64,
+        bytes: u64,
+    ) -> Result<Extent, Error> {
+        let failed = |error| self.failed("look at", offset, error);
+        let (status, depth) = answer.map_err(failed)?;
         if status.bytes == 0 {
-            return Err(self.failed("look at", offset, blockcore::IoError::OutOfRange));
+            // It has shrunk under us.
+            return Err(failed(IoError::OutOfRange));
         }
         Ok(Extent {
             bytes: status.bytes.min(bytes),
             status,
-            depth: 0,
+            depth,
         })
     }
 
@@ -86,7 +134,7 @@ impl Image {
     /// What the host said.
     pub(super) async fn read(&self, offset: u64, into: Segments) -> Result<(), Error> {
         let bytes = into.bytes();
-        let inside = self.bytes().saturating_sub(offset).min(bytes);
+        let inside = self.root.bytes().saturating_sub(offset).min(bytes);
         if inside < bytes {
             into.slice(inside, bytes - inside).fill(0);
         }

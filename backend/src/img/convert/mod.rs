@@ -9,7 +9,7 @@ use clap::Args;
 
 use self::copy::{Copy, Plan, Zeroes};
 use super::cli::{FormatArgs, ObjectArgs, parse_bytes, parse_cache};
-use super::create::{Creation, DATA_FILE, check_backing, take_backing, wants_help};
+use super::create::{Creation, DATA_FILE, check_backing, is_plain, take_backing, wants_help};
 use super::open::{How, Image, Probing};
 use super::progress::Progress;
 use super::walk::SECTOR_BYTES;
@@ -136,6 +136,9 @@ pub(super) async fn run(program: Rc<Program>, mut args: ConvertArgs) -> Result<u
     if args.filenames.is_empty() {
         return Err(Error::invalid("convert needs an image to copy and a new one").into());
     }
+    if args.compress && is_plain(format) && !args.no_create {
+        return Err(not_compressible(format.name).into());
+    }
     let sources = open_sources(&program, &args).await?;
     let bytes: u64 = sources.iter().map(Image::bytes).sum();
 
@@ -211,6 +214,10 @@ pub(super) async fn run(program: Rc<Program>, mut args: ConvertArgs) -> Result<u
     Ok(0)
 }
 
+fn not_compressible(format: &str) -> Error {
+    Error::unsupported(format!("images of format '{format}' cannot be compressed"))
+}
+
 async fn open_sources(program: &Program, args: &ConvertArgs) -> Result<Vec<Image>, Error> {
     let format = FormatArgs {
         format: args.source_format.clone(),
@@ -249,10 +256,7 @@ impl ConvertArgs {
         if self.compress {
             let can = target.can_compress();
             if !can || cluster_bytes == 0 {
-                return Err(Error::unsupported(format!(
-                    "images of format '{}' cannot be compressed",
-                    target.format()
-                )));
+                return Err(not_compressible(target.format()));
             }
         }
         let node = target.node;
