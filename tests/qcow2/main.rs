@@ -1,4 +1,5 @@
 //! qcow2 images: what we make of them, and what QEMU's tools make of what we do.
 
 mod differential;
+mod power;
 mod setup;

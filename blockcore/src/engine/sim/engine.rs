@@ -67,6 +67,20 @@ pub(super) struct Running {
     result: OpResult,
 }
 
+impl Running {
+    /// What a part of it that lands changes, and in which description's file; `None` if it is no write.
+    pub(super) fn change(&self, begin: u64, end: u64) -> Option<(u64, Change)> {
+        let Kind::Write = self.kind else {
+            return None;
+        };
+        let change = Change::Write {
+            offset: self.offset + begin,
+            data: self.segments.slice(begin, end - begin).to_vec(),
+        };
+        Some((self.description, change))
+    }
+}
+
 #[derive(Clone, Copy)]
 enum Kind {
     Read,

@@ -160,6 +160,14 @@ impl Simulation {
         state.host.create(path.as_ref(), properties, bytes);
     }
 
+    /// As [`create_file`](Self::create_file), with these bytes in it, which are durable, too.
+    pub fn load_file(&self, path: impl AsRef<Path>, properties: FileProperties, bytes: &[u8]) {
+        let mut state = self.state.borrow_mut();
+        let path = path.as_ref();
+        state.host.create(path, properties, bytes.len() as u64);
+        state.host.fill(path, bytes);
+    }
+
     /// How much space all regular files have together, rounded down to blocks of 4 KiB. `None`, as at
     /// first: as much as they like.
     pub fn set_capacity(&self, bytes: Option<u64>) {
@@ -169,6 +177,16 @@ impl Simulation {
     /// What a read of the whole file through the page cache gives now; `None` if there is no file.
     pub fn contents(&self, path: impl AsRef<Path>) -> Option<Vec<u8>> {
         self.state.borrow().host.contents(path.as_ref())
+    }
+
+    /// What a [`power_cut`](Self::power_cut) now could leave of a file, one of many possibilities; `None`
+    /// if there is no file. Nothing happens to anybody. `random` chooses, and only that.
+    pub fn possible_contents(
+        &self,
+        path: impl AsRef<Path>,
+        random: &mut Random,
+    ) -> Option<Vec<u8>> {
+        self.state.borrow().possible_contents(path.as_ref(), random)
     }
 
     /// The locks that anybody holds on a file: byte, and whether it excludes others; in order.
@@ -298,6 +316,22 @@ impl State {
         let event = self.due.keys().next().map(|(at, _, _)| *at);
         let timers = self.engines.iter().filter_map(EngineState::deadline);
         event.into_iter().chain(timers).min()
+    }
+
+    fn possible_contents(&self, path: &Path, random: &mut Random) -> Option<Vec<u8>> {
+        let mut landing = Vec::new();
+        for due in self.due.values() {
+            if let Due::Part {
+                operation,
+                begin,
+                end,
+            } = due
+                && random.chance(500)
+            {
+                landing.extend(self.running[operation].change(*begin, *end));
+            }
+        }
+        self.host.possible_contents(path, &landing, random)
     }
 
     fn power_cut(&mut self) -> Vec<Running> {
