@@ -342,28 +342,51 @@ impl History {
     /// The power was cut, and this is what the disk holds now. It is the whole history from here on.
     pub fn power_cut(&mut self, contents: &[u8]) -> Result<(), Mismatch> {
         self.check_power_cut(contents)?;
+        self.tick();
+        self.reads.clear();
+        self.keep_what_is_seen(contents, |_, _| false);
+        Ok(())
+    }
+
+    /// The process was killed, and with it went what it kept to itself. This is what the disk holds now; a
+    /// power cut may bring something else back, unless a flush comes first. All that was under way has
+    /// landed or never will.
+    pub fn killed_with(&mut self, contents: &[u8]) -> Result<(), Mismatch> {
+        self.check_power_cut(contents)?;
         let now = self.tick();
         self.reads.clear();
-        let grain = self.grain as usize;
+        self.keep_what_is_seen(contents, |version, is_seen| {
+            version.replaced = if is_seen { u32::MAX } else { now };
+            version.buried = (!is_seen).then_some((now, now));
+            true
+        });
+        Ok(())
+    }
+
+    /// Of each cell, what can be seen in `contents`, and of the rest what `keep` says.
+    fn keep_what_is_seen(&mut self, contents: &[u8], keep: impl Fn(&mut Version, bool) -> bool) {
+        let (now, grain) = (self.time, self.grain as usize);
         for (index, cell) in self.cells.iter_mut().enumerate() {
             let offset = index as u64 * self.grain;
             let bytes = &contents[index * grain..(index + 1) * grain];
+            cell.retain(|version| !version.gone);
             let matching = |tag| {
                 let pairs = bytes.iter().zip(data(tag, offset, grain as u64));
                 pairs.filter(|(is, would)| *is == would).count()
             };
-            cell.retain(|version| !version.gone && matching(version.tag) > 0);
             // Torn by sectors it may hold two writes; otherwise it holds one.
-            if cell.iter().any(|version| matching(version.tag) == grain) {
-                cell.retain(|version| matching(version.tag) == grain);
-            }
-            for version in cell {
+            let is_one = cell.iter().any(|version| matching(version.tag) == grain);
+            let least = if is_one { grain } else { 1 };
+            cell.retain_mut(|version| {
                 version.ended = version.ended.min(now);
-                version.replaced = u32::MAX;
-                version.buried = None;
-            }
+                let is_seen = matching(version.tag) >= least;
+                if is_seen {
+                    version.replaced = u32::MAX;
+                    version.buried = None;
+                }
+                keep(version, is_seen) || is_seen
+            });
         }
-        Ok(())
     }
 
     fn check(
@@ -531,6 +554,21 @@ mod tests {
                 assert_eq!(result.is_ok(), may_be, "{flushed:?} {tag}");
             }
         }
+    }
+
+    #[test]
+    fn what_a_killed_process_kept_to_itself_may_come_back_only_until_the_next_flush() {
+        let mut disk = disk();
+        write(&mut disk, 1, Outcome::Done);
+        write(&mut disk, 2, Outcome::Done);
+        assert!(disk.killed_with(&with(3)).is_err());
+        disk.killed_with(&with(1)).unwrap();
+        assert!(reads(&mut disk, &with(1)) && !reads(&mut disk, &with(2)));
+        assert!(disk.check_power_cut(&with(2)).is_ok());
+        let flush = disk.begin_flush();
+        disk.end_flush(flush, Flushed::Done);
+        assert!(disk.check_power_cut(&with(1)).is_ok());
+        assert!(disk.check_power_cut(&with(2)).is_err());
     }
 
     #[test]

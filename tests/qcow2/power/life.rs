@@ -178,25 +178,30 @@ impl Life {
         let simulation = &test.simulation;
         let when = format!("life {number}, which ended with {end:?}");
         let mut survives = false;
+        let mut is_cut = true;
         match end {
             End::InOrder => {
                 survives = self.close(test)?;
                 let files = test.files();
                 if survives {
                     disk.count(|totals| &mut totals.closed);
-                    test.submit(files.clone(), &when, Some(self.found.clone()));
+                    // What fails half way may leak.
+                    let found = (!self.case.fails).then(|| self.found.clone());
+                    test.submit(files.clone(), &when, found);
                     simulation.power_cut();
                     if test.files() != files {
                         return Err(format!("{when}: what was closed is not durable"));
                     }
                 } else {
                     simulation.kill();
+                    is_cut = false;
                 }
             }
             End::Kill => {
                 disk.count(|totals| &mut totals.kills);
                 simulation.kill();
                 survives = COMPLETED_SURVIVES_KILL;
+                is_cut = false;
             }
             End::PowerCut | End::KillThenPowerCut => {
                 disk.count(|totals| &mut totals.power_cuts);
@@ -208,6 +213,11 @@ impl Life {
                 }
                 simulation.power_cut();
             }
+        }
+        if disk.lengths.borrow().len() > 1 && !is_cut {
+            // What its length is is not known before what the host has is.
+            simulation.power_cut();
+            is_cut = true;
         }
         let landed = simulation.run_until(LIMIT, || simulation.in_flight() == 0);
         landed.map_err(|stuck| stuck.to_string())?;
@@ -222,7 +232,10 @@ impl Life {
             found.map_err(|wrong| format!("{when}: {wrong}"))?;
         }
         history.set_bytes(contents.len() as u64);
-        let found = history.power_cut(&contents);
+        let found = match is_cut {
+            true => history.power_cut(&contents),
+            false => history.killed_with(&contents),
+        };
         found.map_err(|wrong| format!("{when}: {wrong}"))?;
         drop(history);
         if test.judge.is_new(&files) {

@@ -10,6 +10,8 @@
 //! The environment chooses the seeds: see [`harness::seeds`].
 
 mod case;
+#[cfg(feature = "planted-faults")]
+mod faults;
 mod guest;
 mod judge;
 mod life;

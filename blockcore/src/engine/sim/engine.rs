@@ -551,7 +551,14 @@ impl State {
         }
         if self.random.chance(short) {
             let less = self.random.below(bytes);
-            bytes = (less - less % unit).max(unit.min(bytes));
+            bytes = match write {
+                false => (less - less % unit).max(unit.min(bytes)),
+                // No power cut comes between two parts of a sector.
+                true => {
+                    let end = (offset + less) / unit.max(SECTOR_BYTES) * unit.max(SECTOR_BYTES);
+                    end.checked_sub(offset).filter(|less| *less > 0).unwrap_or(bytes)
+                }
+            };
         }
         if write && self.random.chance(stalled) {
             bytes = 0;

@@ -58,7 +58,7 @@ pub struct Faults {
     pub sync_error_permille: u32,
     /// Host calls other than [`HostCall::Unlock`](super::HostCall::Unlock) that fail with `EIO`.
     pub call_error_permille: u32,
-    /// Reads and writes that move fewer bytes than asked, but some.
+    /// Reads and writes that move fewer bytes than asked, but some; writes up to the end of a sector.
     pub short_permille: u32,
     /// Writes that move nothing and do not say why.
     pub stalled_permille: u32,
