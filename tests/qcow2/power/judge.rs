@@ -183,6 +183,15 @@ fn keep_in(directory: &Path) -> String {
 /// A sum of an image's metadata and its length: images that are equal in these are as good as each other.
 pub(crate) fn fingerprint(image: &[u8]) -> u64 {
     let mut hasher = DefaultHasher::new();
+    hasher.write_u64(image.len() as u64);
+    for (begin, end) in metadata(image) {
+        hasher.write(&image[begin..end]);
+    }
+    hasher.finish()
+}
+
+/// Where in an image its metadata is, as far as it lies inside: header, tables and what they name.
+pub(crate) fn metadata(image: &[u8]) -> Vec<(usize, usize)> {
     let be = |at: u64, bytes: usize| {
         let field = image.get(at as usize..at as usize + bytes);
         let bytes = field.unwrap_or(&[]).iter();
@@ -192,20 +201,16 @@ pub(crate) fn fingerprint(image: &[u8]) -> u64 {
     let piece = |at: u64, bytes: u64| {
         let begin = (at as usize).min(image.len());
         let end = (at.saturating_add(bytes) as usize).min(image.len());
-        &image[begin..end.max(begin)]
+        (begin, end.max(begin))
     };
-    hasher.write_u64(image.len() as u64);
-    hasher.write(piece(0, cluster));
+    let mut pieces = vec![piece(0, cluster)];
     let l1 = (be(40, 8), 8 * be(36, 4));
     let table = (be(48, 8), cluster * be(56, 4));
     for (place, bytes) in [l1, table] {
-        hasher.write(piece(place, bytes));
-        for entry in (0..bytes / 8).map(|index| be(place + 8 * index, 8)) {
-            let below = entry & 0x00ff_ffff_ffff_fe00;
-            if below != 0 {
-                hasher.write(piece(below, cluster));
-            }
-        }
+        pieces.push(piece(place, bytes));
+        let entries = (0..bytes / 8).map(|index| be(place + 8 * index, 8));
+        let below = entries.map(|entry| entry & 0x00ff_ffff_ffff_fe00);
+        pieces.extend(below.filter(|at| *at != 0).map(|at| piece(at, cluster)));
     }
-    hasher.finish()
+    pieces
 }

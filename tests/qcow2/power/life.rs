@@ -278,13 +278,13 @@ impl Life {
                 test.simulation.step();
             }
             self.issue(worker);
-            if disk.chance(170) {
+            if disk.chance(250) {
                 for _ in 0..disk.below(60) {
                     test.simulation.step();
                 }
                 disk.check()?;
                 let when = format!("life {number}, at request {request}");
-                test.look_at_possible(4, &when)?;
+                test.look_at_possible(&when)?;
             }
         }
         Ok(())

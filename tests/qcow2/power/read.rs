@@ -26,7 +26,9 @@ pub(crate) fn whole(case: &Case, files: &Files) -> Result<Vec<u8>, String> {
     let worker = simulation.worker();
     let control = Control::new(Graph::new(formats::drivers()), Rc::clone(worker.context()));
     let options = case.options("read-only=on");
+    let asking = control.clone();
     let read = simulation.run(&worker, LIMIT, async move {
+        let control = asking;
         control.add(Options::parse(&options, None)?).await?;
         let id = control.add_root("disk", RootSpec::reader("a look")).await?;
         let root = control.root_here(id)?;
@@ -37,6 +39,9 @@ pub(crate) fn whole(case: &Case, files: &Files) -> Result<Vec<u8>, String> {
     let read = read.map_err(|stuck| stuck.to_string())?;
     let (read, contents) =
         read.map_err(|error| format!("an image cannot be opened: {}", error.report()))?;
-    read.map_err(|error| format!("an image cannot be read: {error}"))?;
+    read.map_err(|error| {
+        let notices = control.take_notices();
+        format!("an image cannot be read: {error}; {notices:?}")
+    })?;
     Ok(contents)
 }

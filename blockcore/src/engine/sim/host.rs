@@ -178,6 +178,20 @@ impl Host {
         Some(bytes)
     }
 
+    /// Offset and bytes of each change of a file that is in the log.
+    pub(super) fn unsynced(&self, path: &Path) -> Vec<(u64, u64)> {
+        let Some(inode) = self.names.get(path) else {
+            return Vec::new();
+        };
+        let changes = self.files[inode].log.iter().map(|logged| &logged.change);
+        let ranges = changes.filter_map(|change| match change {
+            Change::Write { offset, data } => Some((*offset, data.len() as u64)),
+            Change::Zero { offset, bytes, .. } => Some((*offset, *bytes)),
+            Change::Reserve { .. } | Change::Length(_) => None,
+        });
+        ranges.collect()
+    }
+
     /// Byte and kind of every lock on a file.
     pub(super) fn locks(&mut self, path: &Path) -> Vec<(u64, bool)> {
         self.close_unused();

@@ -189,6 +189,11 @@ impl Simulation {
         self.state.borrow().possible_contents(path.as_ref(), random)
     }
 
+    /// Where a file was changed by what is not known to be durable: offset and bytes of each change.
+    pub fn unsynced(&self, path: impl AsRef<Path>) -> Vec<(u64, u64)> {
+        self.state.borrow().host.unsynced(path.as_ref())
+    }
+
     /// The locks that anybody holds on a file: byte, and whether it excludes others; in order.
     pub fn locks(&self, path: impl AsRef<Path>) -> Vec<(u64, bool)> {
         self.state.borrow_mut().host.locks(path.as_ref())
