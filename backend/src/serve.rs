@@ -47,11 +47,17 @@ pub fn build(
         .filter(|driver| driver.kind == DriverKind::Format)
         .map(|driver| driver.name)
         .collect();
-    if let Some(format) = args.format.as_deref().filter(|name| !formats.contains(name)) {
+    if let Some(format) = args
+        .format
+        .as_deref()
+        .filter(|name| !formats.contains(name))
+    {
         let known = formats.join(", ");
         let is_driver = drivers.iter().any(|driver| driver.name == format);
         return Err(match is_driver {
-            true => Error::invalid(format!("'{format}' is not an image format: these are {known}")),
+            true => Error::invalid(format!(
+                "'{format}' is not an image format: these are {known}"
+            )),
             false => Error::unsupported(format!(
                 "this version of stonework has no format '{format}': it has {known}"
             )),

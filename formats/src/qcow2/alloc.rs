@@ -13,6 +13,7 @@ use std::sync::atomic::Ordering;
 
 use blockcore::IoError;
 use blockcore::driver::{Preallocation, TruncateFlags};
+use blockcore::fault::{self, Fault};
 use blockcore::io::Io;
 
 use super::image::{FILE, Image, TURN_BITS, read_bytes, write_bytes};
@@ -464,9 +465,27 @@ impl Image {
     /// Clusters have lost a reference. They are used again when that is durable and nobody uses them any
     /// more.
     pub(super) fn free(&self, io: Io<'_>, freed: Freed) {
+        if fault::is_planted(Fault::NoLimbo) {
+            return self.release_behind(io, vec![freed]);
+        }
         if self.limbo.add(freed) >= LIMBO_PIECES {
             self.commit_behind(io);
         }
+    }
+
+    /// [Releases](Self::release) clusters without anybody waiting for it.
+    pub(super) fn release_behind(&self, io: Io<'_>, freed: Vec<Freed>) {
+        if freed.is_empty() {
+            return;
+        }
+        self.releasing.fetch_add(1, Ordering::AcqRel);
+        self.behind(io, |image, fork| async move {
+            if let Err(error) = image.release(fork.io(), freed).await {
+                let name = fork.io().name();
+                tracing::warn!("clusters of '{name}' could not be freed and are lost: {error}");
+            }
+            image.releasing.fetch_sub(1, Ordering::AcqRel);
+        });
     }
 
     /// What was in limbo and has become durable: waits for those who use it still, then gives it back.
@@ -476,7 +495,9 @@ impl Image {
             .iter()
             .map(|freed| freed.host.0..freed.host.0 + (freed.clusters << bits))
             .collect();
-        io.wait_unused(FILE, ranges).await;
+        if !fault::is_planted(Fault::NoWaitForUsers) {
+            io.wait_unused(FILE, ranges).await;
+        }
         for freed in freed {
             let first = freed.host.0 >> bits;
             for cluster in first..first + freed.clusters {
@@ -556,7 +577,11 @@ impl Image {
             return Ok(());
         }
         let (off, flags) = (Preallocation::Off, TruncateFlags::empty());
-        match io.child(FILE).truncate(end << bits, false, off, flags).await {
+        match io
+            .child(FILE)
+            .truncate(end << bits, false, off, flags)
+            .await
+        {
             // A device is as long as it is.
             Err(IoError::Unsupported | IoError::OutOfRange) => Ok(()),
             result => result,
