@@ -6,10 +6,10 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex};
 
-use blockcore::driver::{OpenModes, OpenRequest, Opened, WriteFlags};
-use blockcore::io::Root;
+use blockcore::driver::{Fix, OpenModes, OpenRequest, Opened, WriteFlags};
 use blockcore::io::buffer::Segments;
 use blockcore::io::tracked::Tracker;
+use blockcore::io::{RequestKind, Root};
 use blockcore::options::Options;
 use blockcore::{Error, ErrorKind, IoError};
 
@@ -122,6 +122,10 @@ pub(super) async fn open_image(
     let writable = !modes.read_only && !modes.inactive;
     if writable {
         check_writable(source, &header)?;
+        if header.features.incompatible & Features::DIRTY != 0 {
+            repair(source).await?;
+            header = source.header(Purpose::Use).await?;
+        }
     }
     let l1_bytes = 8 * u64::from(header.l1_entries);
     let l1 = source.read("L1 table", header.l1_offset, l1_bytes).await?;
@@ -213,19 +217,31 @@ pub(super) fn run_options(
 }
 
 fn check_writable(source: &Source, header: &Header) -> Result<(), Error> {
-    let node = &source.node;
-    let features = header.features.incompatible;
-    if features & Features::CORRUPT != 0 {
+    if header.features.incompatible & Features::CORRUPT != 0 {
         return Err(source.corrupt(
             "it was marked so when its metadata was found to be wrong; open it read-only, or repair it \
              with 'stonework img check -r all'",
         ));
     }
-    if features & Features::DIRTY != 0 {
-        return Err(Error::unsupported(format!(
-            "the image of node '{node}' was not closed in order and its reference counts may be wrong; \
-             repair it with 'stonework img check -r all'"
-        )));
+    Ok(())
+}
+
+/// Counts references anew, in an image whose last writer was killed and had left counts for later.
+async fn repair(source: &Source) -> Result<(), Error> {
+    let request = source.root.enter(RequestKind::Other, 0, 0).await;
+    let node = &source.node;
+    tracing::info!(
+        "image of node '{node}' was not closed in order: its reference counts are repaired"
+    );
+    let mut log = |what: &str| tracing::info!("image of node '{node}': {what}");
+    let checked = super::check::check(request.io(), Fix::All, &mut log).await;
+    let report = checked.map_err(|error| {
+        let text =
+            format!("cannot repair the image of node '{node}', which was not closed in order");
+        Error::new(error.kind(), format!("{text}: {error}"))
+    })?;
+    if report.check_errors > 0 || report.corruptions > report.corruptions_fixed {
+        return Err(source.corrupt("it was not closed in order, and not all of it can be repaired"));
     }
     Ok(())
 }
