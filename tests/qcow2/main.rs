@@ -2,4 +2,5 @@
 
 mod differential;
 mod power;
+mod race;
 mod setup;

@@ -502,6 +502,9 @@ impl Image {
             Cause::Snapshot => options.pass_discard_snapshot,
             Cause::Other => options.pass_discard_other,
         };
+        // Nobody packs compressed data behind what was there from here on.
+        let _turn = self.packing.begin(0, 1, true).await;
+        self.forget_tail(cluster);
         // Before anybody can have it.
         if pass && self.count(io, cluster).await? == 1 {
             let (offset, bytes) = (cluster << bits, 1 << bits);
@@ -509,12 +512,15 @@ impl Image {
             let _ = io.child(FILE).discard(offset, bytes).await;
         }
         if self.add_count(io, cluster, -1).await? == 0 {
-            let mut tail = self.tail();
-            *tail = tail.filter(|tail| !tail.is_in(cluster, bits));
-            drop(tail);
             self.first_free.fetch_min(cluster, Ordering::AcqRel);
         }
         Ok(())
+    }
+
+    fn forget_tail(&self, cluster: ClusterNumber) {
+        let bits = self.geometry.cluster_bits;
+        let mut tail = self.tail();
+        *tail = tail.filter(|tail| !tail.is_in(cluster, bits));
     }
 
     /// Gives back what is reserved, at the end.
