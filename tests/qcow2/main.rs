@@ -3,4 +3,5 @@
 mod differential;
 mod killed;
 mod power;
+mod race;
 mod setup;

@@ -520,26 +520,25 @@ impl Image {
             Cause::Snapshot => options.pass_discard_snapshot,
             Cause::Other => options.pass_discard_other,
         };
-        // Nobody joins the cluster with compressed data while it goes.
-        let _turn = match self.packs.load(Ordering::Acquire) {
-            true => Some(self.packing.begin(0, 1, true).await),
-            false => None,
-        };
-        if self.count(io, cluster).await? == 1 {
-            {
-                let mut tail = self.tail();
-                *tail = tail.filter(|tail| !tail.is_in(cluster, bits));
-            }
-            if pass {
-                let (offset, bytes) = (cluster << bits, 1 << bits);
-                // Before anybody can have it. Space that cannot be given back is no reason to fail.
-                let _ = io.child(FILE).discard(offset, bytes).await;
-            }
+        // Nobody packs compressed data behind what was there from here on.
+        let _turn = self.packing.begin(0, 1, true).await;
+        self.forget_tail(cluster);
+        // Before anybody can have it.
+        if pass && self.count(io, cluster).await? == 1 {
+            let (offset, bytes) = (cluster << bits, 1 << bits);
+            // Space that cannot be given back is no reason to fail.
+            let _ = io.child(FILE).discard(offset, bytes).await;
         }
         if self.add_count(io, cluster, -1).await? == 0 {
             self.first_free.fetch_min(cluster, Ordering::AcqRel);
         }
         Ok(())
+    }
+
+    fn forget_tail(&self, cluster: ClusterNumber) {
+        let bits = self.geometry.cluster_bits;
+        let mut tail = self.tail();
+        *tail = tail.filter(|tail| !tail.is_in(cluster, bits));
     }
 
     /// Gives back what is reserved, at the end.

@@ -5,8 +5,9 @@
 //! order (`committer`).
 //!
 //! **Who waits for whom.** A request that changes what guest clusters map to has a turn for these clusters
-//! (`turns`), then, to make or copy an L2 table, one for that table (`tables`), then, to find free
-//! clusters, the one turn for that (`reserving`); loads of metadata have turns of their own (`loads`), last.
+//! (`turns`), then, to make or copy an L2 table, one for that table (`tables`), or, to find room for
+//! compressed data, the one turn for that (`packing`), which who gives clusters back has, too; then, to find
+//! free clusters, the one turn for that (`reserving`); loads of metadata have turns of their own (`loads`), last.
 //! A committer's round takes none of these but loads. So waits form no circle. Locks are held over memory
 //! operations only, and taken in this order: `l1`, then those inside of `cache`; every other alone.
 
@@ -63,8 +64,6 @@ pub(super) struct Image {
     /// Where compressed clusters go next.
     pub(super) tail: Mutex<Option<Tail>>,
     pub(super) packing: Tracker,
-    /// Something was compressed since the image was opened.
-    pub(super) packs: AtomicBool,
     pub(super) metadata: Metadata,
     /// Where metadata that is not in the image yet outlives this process; `None`: nowhere.
     pub(super) segment: Option<Arc<CrashSegment>>,

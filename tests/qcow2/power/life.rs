@@ -278,8 +278,8 @@ impl Life {
                 test.simulation.step();
             }
             self.issue(worker);
-            if disk.chance(250) {
-                for _ in 0..disk.below(60) {
+            if disk.chance(900) {
+                for _ in 0..disk.below(40) {
                     test.simulation.step();
                 }
                 disk.check()?;
