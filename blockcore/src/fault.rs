@@ -33,11 +33,33 @@ pub enum Fault {
     PlanWithoutDrain,
     /// The first flush of a life finds nothing to do.
     FlushElidedAfterRestart,
+    /// qcow2: entries are copied for the image after the flush of what they point to.
+    EntriesCopiedLate,
+    /// qcow2: entries are written before the counts of what they point to.
+    EntriesBeforeCounts,
+    /// A flush joins the round that runs.
+    JoinRunningRound,
+    /// qcow2: a cluster that was let go of is used again before that is durable.
+    NoLimbo,
+    /// qcow2: a cluster that was let go of is used again while somebody uses it still.
+    NoWaitForUsers,
+    /// qcow2: a new table keeps what its cluster held.
+    TableNotCleared,
 }
 
 impl Fault {
-    /// Every one, with its name.
-    pub const ALL: [(&'static str, Self); 12] = [
+    /// Those of the qcow2 driver, with their names.
+    pub const QCOW2: [(&'static str, Self); 6] = [
+        ("entries-copied-late", Self::EntriesCopiedLate),
+        ("entries-before-counts", Self::EntriesBeforeCounts),
+        ("join-running-round", Self::JoinRunningRound),
+        ("no-limbo", Self::NoLimbo),
+        ("no-wait-for-users", Self::NoWaitForUsers),
+        ("table-not-cleared", Self::TableNotCleared),
+    ];
+
+    /// Those of the block layer itself, with their names.
+    pub const CORE: [(&'static str, Self); 12] = [
         ("serialising-wait", Self::SerialisingWait),
         ("status-cache", Self::StatusCache),
         ("drain-wait", Self::DrainWait),

@@ -42,6 +42,17 @@ struct Version {
     gone: bool,
 }
 
+impl Version {
+    /// Zeroes that were always there.
+    const ZEROES: Self = Self {
+        tag: 0,
+        ended: 0,
+        replaced: u32::MAX,
+        buried: None,
+        gone: false,
+    };
+}
+
 /// A write under way.
 #[must_use]
 #[derive(Debug)]
@@ -108,37 +119,68 @@ impl fmt::Display for Mismatch {
     }
 }
 
+/// Tags with this bit have a pattern that can be compressed: it differs every 128 bytes only.
+pub const COMPRESSIBLE: u32 = 1 << 31;
+
 /// What a write of `tag` puts at `offset`.
 pub fn pattern(tag: u32, offset: u64) -> u8 {
     if tag == 0 {
         return 0;
     }
-    let word = u64::from(tag).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (offset >> 3);
-    let word = word.wrapping_mul(0xd6e8_feb8_6659_fd93);
-    (word >> (32 + (offset & 7) * 4)) as u8
+    byte_of(word(tag, offset), offset)
 }
 
 /// The bytes of a write of `tag` to a range.
 pub fn data(tag: u32, offset: u64, bytes: u64) -> Vec<u8> {
-    (offset..offset + bytes)
-        .map(|offset| pattern(tag, offset))
-        .collect()
+    let mut data = vec![0; bytes as usize];
+    if tag == 0 {
+        return data;
+    }
+    let mut at = offset;
+    while at < offset + bytes {
+        let word = word(tag, at);
+        let end = (at / 8 * 8 + 8).min(offset + bytes);
+        for at in at..end {
+            data[(at - offset) as usize] = byte_of(word, at);
+        }
+        at = end;
+    }
+    data
+}
+
+/// Where bytes found at `offset` come from, as far as that can be told: for the report.
+fn origin(found: &[u8], offset: u64) -> String {
+    let Some(found) = found.get(..8) else {
+        return String::new();
+    };
+    let mut tags = (0..10_000).flat_map(|tag| [tag, tag | COMPRESSIBLE]);
+    match tags.find(|tag| data(*tag, offset, 8) == found) {
+        Some(tag) => format!(", what write {tag} put there"),
+        None => ", no write's at this place".to_owned(),
+    }
+}
+
+/// What the bytes of a write of `tag` around `offset` are made of.
+fn word(tag: u32, offset: u64) -> u64 {
+    let place = match tag & COMPRESSIBLE {
+        0 => offset >> 3,
+        _ => offset >> 7,
+    };
+    let word = u64::from(tag).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ place;
+    word.wrapping_mul(0xd6e8_feb8_6659_fd93)
+}
+
+fn byte_of(word: u64, offset: u64) -> u8 {
+    (word >> (32 + (offset & 7) * 4)) as u8
 }
 
 impl History {
     /// A disk of zeroes, durable ones.
     pub fn new(bytes: u64, grain: u64) -> Self {
         assert!(bytes.is_multiple_of(grain), "a disk of whole cells");
-        let zeroes = Version {
-            tag: 0,
-            ended: 0,
-            replaced: u32::MAX,
-            buried: None,
-            gone: false,
-        };
         Self {
             grain,
-            cells: vec![vec![zeroes]; (bytes / grain) as usize],
+            cells: vec![vec![Version::ZEROES]; (bytes / grain) as usize],
             time: 0,
             lost_at: 0,
             reads: Vec::new(),
@@ -278,36 +320,102 @@ impl History {
         self.check(0, contents, "disk", |version| version.replaced == u32::MAX)
     }
 
-    /// The power was cut, and this is what the disk holds now. It is the whole history from here on.
-    pub fn power_cut(&mut self, contents: &[u8]) -> Result<(), Mismatch> {
+    /// What the disk would hold if the power were cut now, as far as `contents` go.
+    pub fn check_power_cut(&self, contents: &[u8]) -> Result<(), Mismatch> {
         self.check(0, contents, "disk after a power cut", |version| {
             !version.gone
-        })?;
+        })
+    }
+
+    /// How long the disk is.
+    pub fn bytes(&self) -> u64 {
+        self.grain * self.cells.len() as u64
+    }
+
+    /// The disk has another length. What is added reads as zeroes, durably.
+    pub fn set_bytes(&mut self, bytes: u64) {
+        assert!(bytes.is_multiple_of(self.grain), "a disk of whole cells");
+        let zeroes = vec![Version::ZEROES];
+        self.cells.resize((bytes / self.grain) as usize, zeroes);
+    }
+
+    /// The power was cut, and this is what the disk holds now. It is the whole history from here on.
+    pub fn power_cut(&mut self, contents: &[u8]) -> Result<(), Mismatch> {
+        self.check_power_cut(contents)?;
+        self.tick();
+        self.reads.clear();
+        self.keep_what_is_seen(contents, |_, _| false);
+        Ok(())
+    }
+
+    /// The process was killed, and with it went what it kept to itself. This is what the disk holds now; a
+    /// power cut may bring something else back, unless a flush comes first. All that was under way has
+    /// landed or never will.
+    pub fn killed_with(&mut self, contents: &[u8]) -> Result<(), Mismatch> {
+        self.check_power_cut(contents)?;
         let now = self.tick();
         self.reads.clear();
-        let grain = self.grain as usize;
+        self.keep_what_is_seen(contents, |version, is_seen| {
+            version.replaced = if is_seen { u32::MAX } else { now };
+            version.buried = (!is_seen).then_some((now, now));
+            true
+        });
+        Ok(())
+    }
+
+    /// Of each cell, what can be seen in `contents`, and of the rest what `keep` says.
+    fn keep_what_is_seen(&mut self, contents: &[u8], keep: impl Fn(&mut Version, bool) -> bool) {
+        let (now, grain) = (self.time, self.grain as usize);
         for (index, cell) in self.cells.iter_mut().enumerate() {
             let offset = index as u64 * self.grain;
             let bytes = &contents[index * grain..(index + 1) * grain];
+            cell.retain(|version| !version.gone);
             let matching = |tag| {
                 let pairs = bytes.iter().zip(data(tag, offset, grain as u64));
                 pairs.filter(|(is, would)| *is == would).count()
             };
-            cell.retain(|version| !version.gone && matching(version.tag) > 0);
             // Torn by sectors it may hold two writes; otherwise it holds one.
-            if cell.iter().any(|version| matching(version.tag) == grain) {
-                cell.retain(|version| matching(version.tag) == grain);
-            }
-            for version in cell {
+            let is_one = cell.iter().any(|version| matching(version.tag) == grain);
+            let least = if is_one { grain } else { 1 };
+            cell.retain_mut(|version| {
                 version.ended = version.ended.min(now);
-                version.replaced = u32::MAX;
-                version.buried = None;
+                let is_seen = matching(version.tag) >= least;
+                if is_seen {
+                    version.replaced = u32::MAX;
+                    version.buried = None;
+                }
+                keep(version, is_seen) || is_seen
+            });
+        }
+    }
+
+    fn check(
+        &self,
+        offset: u64,
+        data: &[u8],
+        what: &str,
+        possible: impl Fn(&Version) -> bool,
+    ) -> Result<(), Mismatch> {
+        let mut next = 0;
+        while next < data.len() {
+            // Mostly a cell holds one write.
+            let at = offset + next as u64;
+            let end = ((at / self.grain + 1) * self.grain - offset).min(data.len() as u64) as usize;
+            let part = &data[next..end];
+            let cell = &self.cells[(at / self.grain) as usize];
+            let mut versions = cell.iter().filter(|version| possible(version));
+            let is_one =
+                versions.any(|version| self::data(version.tag, at, part.len() as u64) == part);
+            if !is_one {
+                self.check_bytes(at, part, what, &possible)?;
             }
+            next = end;
         }
         Ok(())
     }
 
-    fn check(
+    /// As [`check`](Self::check), byte by byte.
+    fn check_bytes(
         &self,
         offset: u64,
         data: &[u8],
@@ -327,9 +435,11 @@ impl History {
                             .any(|v| possible(v) && pattern(v.tag, *at) == byte)
                     })
                     .count();
+                let found = &data[(at - offset) as usize..];
                 return Err(Mismatch(format!(
-                    "{what}: byte {at:#x} is {byte:#04x} (and {run} bytes from it are wrong); it may \
+                    "{what}: byte {at:#x} is {byte:#04x} (and {run} bytes from it are wrong{}); it may \
                      be {}; its history is {cell:?} at {}, flush lost at {}",
+                    origin(found, at),
                     cell.iter()
                         .filter(|version| possible(version))
                         .map(|v| format!("{:#04x} (write {})", pattern(v.tag, at), v.tag))
@@ -443,6 +553,21 @@ mod tests {
                 assert_eq!(result.is_ok(), may_be, "{flushed:?} {tag}");
             }
         }
+    }
+
+    #[test]
+    fn what_a_killed_process_kept_to_itself_may_come_back_only_until_the_next_flush() {
+        let mut disk = disk();
+        write(&mut disk, 1, Outcome::Done);
+        write(&mut disk, 2, Outcome::Done);
+        assert!(disk.killed_with(&with(3)).is_err());
+        disk.killed_with(&with(1)).unwrap();
+        assert!(reads(&mut disk, &with(1)) && !reads(&mut disk, &with(2)));
+        assert!(disk.check_power_cut(&with(2)).is_ok());
+        let flush = disk.begin_flush();
+        disk.end_flush(flush, Flushed::Done);
+        assert!(disk.check_power_cut(&with(1)).is_ok());
+        assert!(disk.check_power_cut(&with(2)).is_err());
     }
 
     #[test]

@@ -2,4 +2,5 @@
 
 mod differential;
 mod killed;
+mod power;
 mod setup;

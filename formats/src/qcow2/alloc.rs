@@ -13,6 +13,7 @@ use std::sync::atomic::Ordering;
 
 use blockcore::IoError;
 use blockcore::driver::{Preallocation, TruncateFlags};
+use blockcore::fault::{self, Fault};
 use blockcore::io::Io;
 
 use super::image::{FILE, Image, TURN_BITS, read_bytes, write_bytes};
@@ -464,9 +465,27 @@ impl Image {
     /// Clusters have lost a reference. They are used again when that is durable and nobody uses them any
     /// more.
     pub(super) fn free(&self, io: Io<'_>, freed: Freed) {
+        if fault::is_planted(Fault::NoLimbo) {
+            return self.release_behind(io, vec![freed]);
+        }
         if self.limbo.add(freed) >= LIMBO_PIECES {
             self.commit_behind(io);
         }
+    }
+
+    /// [Releases](Self::release) clusters without anybody waiting for it.
+    pub(super) fn release_behind(&self, io: Io<'_>, freed: Vec<Freed>) {
+        if freed.is_empty() {
+            return;
+        }
+        self.releasing.fetch_add(1, Ordering::AcqRel);
+        self.behind(io, |image, fork| async move {
+            if let Err(error) = image.release(fork.io(), freed).await {
+                let name = fork.io().name();
+                tracing::warn!("clusters of '{name}' could not be freed and are lost: {error}");
+            }
+            image.releasing.fetch_sub(1, Ordering::AcqRel);
+        });
     }
 
     /// What was in limbo and has become durable: waits for those who use it still, then gives it back.
@@ -476,7 +495,9 @@ impl Image {
             .iter()
             .map(|freed| freed.host.0..freed.host.0 + (freed.clusters << bits))
             .collect();
-        io.wait_unused(FILE, ranges).await;
+        if !fault::is_planted(Fault::NoWaitForUsers) {
+            io.wait_unused(FILE, ranges).await;
+        }
         for freed in freed {
             let first = freed.host.0 >> bits;
             for cluster in first..first + freed.clusters {
@@ -499,16 +520,23 @@ impl Image {
             Cause::Snapshot => options.pass_discard_snapshot,
             Cause::Other => options.pass_discard_other,
         };
-        // Before anybody can have it.
-        if pass && self.count(io, cluster).await? == 1 {
-            let (offset, bytes) = (cluster << bits, 1 << bits);
-            // Space that cannot be given back is no reason to fail.
-            let _ = io.child(FILE).discard(offset, bytes).await;
+        // Nobody joins the cluster with compressed data while it goes.
+        let _turn = match self.packs.load(Ordering::Acquire) {
+            true => Some(self.packing.begin(0, 1, true).await),
+            false => None,
+        };
+        if self.count(io, cluster).await? == 1 {
+            {
+                let mut tail = self.tail();
+                *tail = tail.filter(|tail| !tail.is_in(cluster, bits));
+            }
+            if pass {
+                let (offset, bytes) = (cluster << bits, 1 << bits);
+                // Before anybody can have it. Space that cannot be given back is no reason to fail.
+                let _ = io.child(FILE).discard(offset, bytes).await;
+            }
         }
         if self.add_count(io, cluster, -1).await? == 0 {
-            let mut tail = self.tail();
-            *tail = tail.filter(|tail| !tail.is_in(cluster, bits));
-            drop(tail);
             self.first_free.fetch_min(cluster, Ordering::AcqRel);
         }
         Ok(())
@@ -521,9 +549,42 @@ impl Image {
             let metadata = std::mem::take(&mut pools.metadata.extents);
             data.into_iter().chain(metadata).collect()
         });
-        for Reserved { start, count, .. } in reserved {
-            self.uncount(io, Run { start, count }).await?;
+        let mut runs: Vec<_> = reserved
+            .into_iter()
+            .map(|reserved| Run {
+                start: reserved.start,
+                count: reserved.count,
+            })
+            .collect();
+        for run in &runs {
+            self.uncount(io, *run).await?;
         }
-        Ok(())
+        runs.sort_by_key(|run| std::cmp::Reverse(run.start));
+        self.cut_off(io, &runs).await
+    }
+
+    /// Makes the file end before free clusters at its end. `runs` are free, the last one first.
+    async fn cut_off(&self, io: Io<'_>, runs: &[Run]) -> Result<(), IoError> {
+        let bits = self.geometry.cluster_bits;
+        let file_bytes = io.child(FILE).bytes();
+        let mut end = file_bytes >> bits;
+        for run in runs {
+            if run.start + run.count == end {
+                end = run.start;
+            }
+        }
+        if end << bits >= file_bytes || !file_bytes.is_multiple_of(1 << bits) {
+            return Ok(());
+        }
+        let (off, flags) = (Preallocation::Off, TruncateFlags::empty());
+        match io
+            .child(FILE)
+            .truncate(end << bits, false, off, flags)
+            .await
+        {
+            // A device is as long as it is.
+            Err(IoError::Unsupported | IoError::OutOfRange) => Ok(()),
+            result => result,
+        }
     }
 }

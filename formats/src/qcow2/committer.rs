@@ -20,6 +20,7 @@
 use std::sync::atomic::Ordering;
 
 use blockcore::IoError;
+use blockcore::fault::{self, Fault};
 use blockcore::io::Io;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 
@@ -101,16 +102,7 @@ impl Image {
         if let (Some(segment), Some(mark)) = (segment, mark) {
             segment.forget_until(mark);
         }
-        if !freed.is_empty() {
-            self.releasing.fetch_add(1, Ordering::AcqRel);
-            self.behind(io, |image, fork| async move {
-                if let Err(error) = image.release(fork.io(), freed).await {
-                    let name = fork.io().name();
-                    tracing::warn!("clusters of '{name}' could not be freed and are lost: {error}");
-                }
-                image.releasing.fetch_sub(1, Ordering::AcqRel);
-            });
-        }
+        self.release_behind(io, freed);
         Ok(())
     }
 
@@ -138,6 +130,10 @@ impl Image {
         if copies.is_empty() {
             return io.flush_children().await;
         }
+        if fault::is_planted(Fault::EntriesBeforeCounts) {
+            io.flush_children().await?;
+            self.write_slices(io, &copies.slices).await?;
+        }
         let blocks = copies
             .blocks
             .iter()
@@ -157,7 +153,10 @@ impl Image {
         }
         if copies.has_entries() {
             io.flush_children().await?;
-            self.write_slices(io, &copies.slices).await?;
+            match fault::is_planted(Fault::EntriesCopiedLate) {
+                false => self.write_slices(io, &copies.slices).await?,
+                true => self.write_slices(io, &self.cache.copy_dirty()).await?,
+            }
             for (index, entry) in &copies.l1 {
                 let place = HostOffset(copies.l1_place.0 + 8 * *index as u64);
                 io.child(FILE).event("l1_update").await?;

@@ -1,6 +1,7 @@
 //! Compressed clusters: raw deflate or Zstandard, packed one after the other.
 
 use std::io::Read;
+use std::sync::atomic::Ordering;
 
 use blockcore::IoError;
 use blockcore::driver::WriteFlags;
@@ -180,6 +181,7 @@ impl Image {
         let bits = self.geometry.cluster_bits;
         let cluster_bytes = self.geometry.cluster_bytes();
         // One at a time, so that the tail is one.
+        self.packs.store(true, Ordering::Release);
         let _turn = self.packing.begin(0, 1, true).await;
         let tail = self.tail().take();
         let tail = match tail {

@@ -63,6 +63,8 @@ pub(super) struct Image {
     /// Where compressed clusters go next.
     pub(super) tail: Mutex<Option<Tail>>,
     pub(super) packing: Tracker,
+    /// Something was compressed since the image was opened.
+    pub(super) packs: AtomicBool,
     pub(super) metadata: Metadata,
     /// Where metadata that is not in the image yet outlives this process; `None`: nowhere.
     pub(super) segment: Option<Arc<CrashSegment>>,

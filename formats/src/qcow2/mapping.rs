@@ -1,5 +1,7 @@
 //! Where bytes of the disk live.
 
+use std::sync::atomic::Ordering;
+
 use blockcore::IoError;
 use blockcore::driver::Mapping;
 use blockcore::io::Io;
@@ -114,7 +116,10 @@ impl Image {
         let end = offset.checked_add(bytes)?;
         let (first, last) = (offset >> g.cluster_bits, (end - 1) >> g.cluster_bits);
         // A child of another format asks without a look at the length.
-        if end > self.bytes() || last - first >= FAST_CLUSTERS {
+        if end > self.bytes()
+            || last - first >= FAST_CLUSTERS
+            || self.broken.load(Ordering::Relaxed)
+        {
             return None;
         }
         let entry = self.cached(first)?;

@@ -170,6 +170,7 @@ pub(super) async fn open_image(
         reserving: Tracker::default(),
         tail: Mutex::new(None),
         packing: Tracker::default(),
+        packs: AtomicBool::new(false),
         metadata,
         limbo: Limbo::default(),
         releasing: AtomicU64::new(0),

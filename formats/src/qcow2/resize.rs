@@ -22,12 +22,13 @@ const HEADER_L1: HostOffset = HostOffset(36);
 const PIECE_BYTES: u64 = 64 << 20;
 
 impl Image {
+    /// Changes the length; what is added reads as zeroes, whether flags ask for that or not.
     pub(super) async fn resize(
         &self,
         io: Io<'_>,
         bytes: u64,
         preallocation: Preallocation,
-        flags: TruncateFlags,
+        _flags: TruncateFlags,
     ) -> Result<(), IoError> {
         let (snapshots, version) = {
             let header = self.header();
@@ -47,23 +48,28 @@ impl Image {
             let off = TruncateFlags::empty();
             data.truncate(bytes, false, Preallocation::Off, off).await?;
         }
-        self.set_length(io, bytes).await?;
         if bytes == before {
             return Ok(());
         }
-        if flags.contains(TruncateFlags::ZERO) {
-            self.cover(io, before, bytes).await?;
-        }
+        // Before the length says so: nobody sees what a backing node has there, or what was left when the
+        // disk was cut off and the power went, after a power cut either.
+        self.cover(io, before, bytes).await?;
+        self.commit(io).await?;
+        self.set_length(io, bytes).await?;
         self.preallocate(io, before, bytes, preallocation).await
     }
 
-    /// Makes what was added read as zeroes, whatever a backing node has there.
+    /// Makes what is going to be added read as zeroes, whatever a backing node has there.
     async fn cover(&self, io: Io<'_>, before: u64, bytes: u64) -> Result<(), IoError> {
         let unit = self.geometry.subcluster_bytes();
         let whole = before.next_multiple_of(unit).min(bytes);
         self.write_zero_buffers(io, before, whole).await?;
         if whole == bytes {
             return Ok(());
+        }
+        if !self.geometry.zero_flag && self.shines_through(io, whole) {
+            // What "not there" would say is what the backing node has.
+            return self.write_zero_buffers(io, whole, bytes).await;
         }
         match self
             .write_zeroes(io, whole, bytes - whole, ZeroFlags::MAY_UNMAP)

@@ -2,6 +2,7 @@
 
 use blockcore::IoError;
 use blockcore::driver::WriteFlags;
+use blockcore::fault::{self, Fault};
 use blockcore::io::Io;
 use blockcore::io::buffer::Segments;
 
@@ -384,7 +385,7 @@ impl Image {
                 Ok(table) => write_bytes(io, host, &table).await,
                 Err(error) => Err(error),
             },
-            None if place.zeroed => Ok(()),
+            None if place.zeroed || fault::is_planted(Fault::TableNotCleared) => Ok(()),
             None => write_bytes(io, host, &vec![0; cluster as usize]).await,
         };
         if let Err(error) = filled {

@@ -32,7 +32,7 @@ impl Image {
     ) -> Result<(), IoError> {
         if !self.geometry.zero_flag {
             // Version 2 cannot say "zero": where nothing shines through, "not there" says it.
-            let nothing_shines = !io.has_child(BACKING) || io.child(BACKING).bytes() <= offset;
+            let nothing_shines = !self.shines_through(io, offset);
             if !nothing_shines || !flags.contains(ZeroFlags::MAY_UNMAP) {
                 return match self.is_zero(io, offset, bytes).await? {
                     true => Ok(()),
@@ -51,6 +51,11 @@ impl Image {
             false => Change::Zero,
         };
         self.change_range(io, offset, bytes, change).await
+    }
+
+    /// Whether a backing node has anything from `offset` on.
+    pub(super) fn shines_through(&self, io: Io<'_>, offset: u64) -> bool {
+        io.has_child(BACKING) && io.child(BACKING).bytes() > offset
     }
 
     pub(super) async fn discard(&self, io: Io<'_>, offset: u64, bytes: u64) -> Result<(), IoError> {
@@ -80,7 +85,7 @@ impl Image {
             let l1_index = self.l1_index(next);
             let table_end = (l1_index as u64 + 1) * g.table_covers();
             let until = end.min(table_end).min(next.saturating_add(RUN_BYTES));
-            if !self.has_no_table_and_needs_none(io, l1_index, change) {
+            if !self.has_no_table_and_needs_none(io, next, change) {
                 self.change_run(io, next, until, change).await?;
             }
             next = until;
@@ -89,9 +94,9 @@ impl Image {
     }
 
     /// Nothing is mapped there, and that is as good as what is wanted.
-    fn has_no_table_and_needs_none(&self, io: Io<'_>, l1_index: usize, change: Change) -> bool {
-        let has_table = self.l1().get(l1_index).table().is_some();
-        let shines = io.has_child(BACKING);
+    fn has_no_table_and_needs_none(&self, io: Io<'_>, offset: u64, change: Change) -> bool {
+        let has_table = self.l1().get(self.l1_index(offset)).table().is_some();
+        let shines = self.shines_through(io, offset);
         !has_table && !shines && (change != Change::Zero || !self.geometry.data_file)
     }
 
@@ -145,9 +150,12 @@ impl Image {
         .await?;
         if self.geometry.data_file && change != Change::Zero && self.options().pass_discard_request
         {
-            let bytes = end.min(self.bytes()) - begin;
-            // Space that cannot be given back is no reason to fail.
-            let _ = io.child(self.data_child()).discard(begin, bytes).await;
+            let data = io.child(self.data_child());
+            let bytes = end.min(data.bytes()).saturating_sub(begin);
+            if bytes > 0 {
+                // Space that cannot be given back is no reason to fail.
+                let _ = data.discard(begin, bytes).await;
+            }
         }
         Ok(())
     }

@@ -67,6 +67,20 @@ pub(super) struct Running {
     result: OpResult,
 }
 
+impl Running {
+    /// What a part of it that lands changes, and in which description's file; `None` if it is no write.
+    pub(super) fn change(&self, begin: u64, end: u64) -> Option<(u64, Change)> {
+        let Kind::Write = self.kind else {
+            return None;
+        };
+        let change = Change::Write {
+            offset: self.offset + begin,
+            data: self.segments.slice(begin, end - begin).to_vec(),
+        };
+        Some((self.description, change))
+    }
+}
+
 #[derive(Clone, Copy)]
 enum Kind {
     Read,
@@ -537,7 +551,16 @@ impl State {
         }
         if self.random.chance(short) {
             let less = self.random.below(bytes);
-            bytes = (less - less % unit).max(unit.min(bytes));
+            bytes = match write {
+                false => (less - less % unit).max(unit.min(bytes)),
+                // No power cut comes between two parts of a sector.
+                true => {
+                    let end = (offset + less) / unit.max(SECTOR_BYTES) * unit.max(SECTOR_BYTES);
+                    end.checked_sub(offset)
+                        .filter(|less| *less > 0)
+                        .unwrap_or(bytes)
+                }
+            };
         }
         if write && self.random.chance(stalled) {
             bytes = 0;

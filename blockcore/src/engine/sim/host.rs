@@ -148,6 +148,57 @@ impl Host {
         Some(bytes)
     }
 
+    /// Gives a file that was just made its bytes, durable at once.
+    pub(super) fn fill(&mut self, path: &Path, bytes: &[u8]) {
+        let file = self
+            .names
+            .get(path)
+            .and_then(|inode| self.files.get_mut(inode));
+        let file = file.expect("just made");
+        file.cache.apply(&Change::Write {
+            offset: 0,
+            data: bytes.to_vec(),
+        });
+        file.durable = file.cache.clone();
+    }
+
+    /// What a power cut could leave of a file, with changes that are landing, by description.
+    pub(super) fn possible_contents(
+        &self,
+        path: &Path,
+        landing: &[(u64, Change)],
+        random: &mut Random,
+    ) -> Option<Vec<u8>> {
+        let inode = self.names.get(path)?;
+        let file = &self.files[inode];
+        let mut left = file.durable.clone();
+        for logged in &file.log {
+            left.apply_torn(&logged.change, random);
+        }
+        for (description, change) in landing {
+            if self.get(*description).inode == *inode {
+                left.apply_torn(change, random);
+            }
+        }
+        let mut bytes = vec![0; left.bytes() as usize];
+        left.read(0, &mut bytes);
+        Some(bytes)
+    }
+
+    /// Offset and bytes of each change of a file that is in the log.
+    pub(super) fn unsynced(&self, path: &Path) -> Vec<(u64, u64)> {
+        let Some(inode) = self.names.get(path) else {
+            return Vec::new();
+        };
+        let changes = self.files[inode].log.iter().map(|logged| &logged.change);
+        let ranges = changes.filter_map(|change| match change {
+            Change::Write { offset, data } => Some((*offset, data.len() as u64)),
+            Change::Zero { offset, bytes, .. } => Some((*offset, *bytes)),
+            Change::Reserve { .. } | Change::Length(_) => None,
+        });
+        ranges.collect()
+    }
+
     /// Byte and kind of every lock on a file.
     pub(super) fn locks(&mut self, path: &Path) -> Vec<(u64, bool)> {
         self.close_unused();

@@ -58,7 +58,7 @@ pub struct Faults {
     pub sync_error_permille: u32,
     /// Host calls other than [`HostCall::Unlock`](super::HostCall::Unlock) that fail with `EIO`.
     pub call_error_permille: u32,
-    /// Reads and writes that move fewer bytes than asked, but some.
+    /// Reads and writes that move fewer bytes than asked, but some; writes up to the end of a sector.
     pub short_permille: u32,
     /// Writes that move nothing and do not say why.
     pub stalled_permille: u32,
@@ -160,6 +160,14 @@ impl Simulation {
         state.host.create(path.as_ref(), properties, bytes);
     }
 
+    /// As [`create_file`](Self::create_file), with these bytes in it, which are durable, too.
+    pub fn load_file(&self, path: impl AsRef<Path>, properties: FileProperties, bytes: &[u8]) {
+        let mut state = self.state.borrow_mut();
+        let path = path.as_ref();
+        state.host.create(path, properties, bytes.len() as u64);
+        state.host.fill(path, bytes);
+    }
+
     /// How much space all regular files have together, rounded down to blocks of 4 KiB. `None`, as at
     /// first: as much as they like.
     pub fn set_capacity(&self, bytes: Option<u64>) {
@@ -174,6 +182,21 @@ impl Simulation {
     /// The shared memory that a process has left at `path`, or has open; `None` if there is none.
     pub fn segment(&self, path: impl AsRef<Path>) -> Option<Arc<Segment>> {
         self.state.borrow().host.segment(path.as_ref())
+    }
+
+    /// What a [`power_cut`](Self::power_cut) now could leave of a file, one of many possibilities; `None`
+    /// if there is no file. Nothing happens to anybody. `random` chooses, and only that.
+    pub fn possible_contents(
+        &self,
+        path: impl AsRef<Path>,
+        random: &mut Random,
+    ) -> Option<Vec<u8>> {
+        self.state.borrow().possible_contents(path.as_ref(), random)
+    }
+
+    /// Where a file was changed by what is not known to be durable: offset and bytes of each change.
+    pub fn unsynced(&self, path: impl AsRef<Path>) -> Vec<(u64, u64)> {
+        self.state.borrow().host.unsynced(path.as_ref())
     }
 
     /// The locks that anybody holds on a file: byte, and whether it excludes others; in order.
@@ -303,6 +326,22 @@ impl State {
         let event = self.due.keys().next().map(|(at, _, _)| *at);
         let timers = self.engines.iter().filter_map(EngineState::deadline);
         event.into_iter().chain(timers).min()
+    }
+
+    fn possible_contents(&self, path: &Path, random: &mut Random) -> Option<Vec<u8>> {
+        let mut landing = Vec::new();
+        for due in self.due.values() {
+            if let Due::Part {
+                operation,
+                begin,
+                end,
+            } = due
+                && random.chance(500)
+            {
+                landing.extend(self.running[operation].change(*begin, *end));
+            }
+        }
+        self.host.possible_contents(path, &landing, random)
     }
 
     fn power_cut(&mut self) -> Vec<Running> {

@@ -188,6 +188,35 @@ fn a_power_cut_keeps_what_was_synced_loses_some_of_the_rest_and_invents_nothing(
 }
 
 #[test]
+fn what_a_power_cut_could_leave_has_what_was_synced_and_any_part_of_the_rest() {
+    let (simulation, worker) = machine(1, 0);
+    simulation.load_file(PATH, FileProperties::default(), &[1; 16384]);
+    let file = open(&simulation, &worker, false);
+    let write = write_op(&file, 4096, 4096, 2);
+    run_op(&simulation, &worker, write).0.unwrap();
+    let _landing = start(&worker, write_op(&file, 8192, 4096, 3));
+    simulation.step();
+    assert_eq!(simulation.unsynced(PATH), [(4096, 4096)]);
+    let (hash, mut random) = (simulation.hash(), Random::new(5));
+    let (mut kept, mut landed, mut torn) = (0, 0, 0);
+    for _ in 0..100 {
+        let bytes = simulation.possible_contents(PATH, &mut random).unwrap();
+        assert_eq!(bytes.len(), 16384);
+        assert!(bytes[..4096].iter().all(|byte| *byte == 1));
+        assert!(bytes[12288..].iter().all(|byte| *byte == 1));
+        kept += usize::from(bytes[4096..8192] == [2; 4096]);
+        landed += usize::from(bytes[8192..12288].contains(&3));
+        let (first, last) = (bytes[4096], bytes[8191]);
+        torn += usize::from(first != last);
+    }
+    assert!(kept > 10 && kept < 90, "{kept}");
+    assert!(landed > 10 && landed < 90 && torn > 5, "{landed} {torn}");
+    assert_eq!(simulation.hash(), hash);
+    let now = simulation.contents(PATH).unwrap();
+    assert_eq!(now[4096..8192], [2; 4096]);
+}
+
+#[test]
 fn a_sync_does_not_wait_for_writes_that_have_not_completed() {
     let lost = (0..60)
         .filter(|seed| {

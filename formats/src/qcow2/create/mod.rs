@@ -1,6 +1,6 @@
 //! Making images.
 //!
-//! What an image is to be ([`Spec`], `spec`) decides where everything in it lies (`plan`, pure). All of that
+//! What an image is to be (`spec`) decides where everything in it lies (`plan`, pure). All of that
 //! is written and made durable before the header's first sector: until then the file is no image, and
 //! afterwards it is a whole one.
 //!
