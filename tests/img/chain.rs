@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::fs;
 use std::path::Path;
 use std::rc::Rc;
+use std::sync::PoisonError;
 
 use backend::cli::{Cli, Command};
 use backend::img;
@@ -14,7 +15,7 @@ use harness::random::Random;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::{Pattern, path};
+use super::{FORKS, Pattern, path};
 
 /// Clusters of the harness's format.
 const CLUSTER_BYTES: u64 = 65536;
@@ -53,6 +54,7 @@ impl Images {
             bytes: formats::probe::BYTES,
             seems: formats::probe::seems,
         };
+        let _no_children = FORKS.read().unwrap_or_else(PoisonError::into_inner);
         let output = Rc::new(RefCell::new(Vec::new()));
         let status = img::run(parsed, words, overlay::drivers(), probe, output.clone());
         let output = String::from_utf8(output.take()).expect("what is printed is text");

@@ -11,12 +11,17 @@ mod raw;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::sync::{PoisonError, RwLock};
 
 use harness::daemon::stonework;
 use harness::random::Random;
 use serde_json::Value;
 use tempfile::TempDir;
+
+/// A child has this process's open files, and with them the locks of images, until it runs its program:
+/// none is started while a verb runs in this process, whose next one would find its images in use.
+static FORKS: RwLock<()> = RwLock::new(());
 
 /// What a program did.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,8 +33,14 @@ struct Outcome {
 
 impl Outcome {
     fn of(mut command: Command, directory: &Path) -> Self {
-        let output = command.current_dir(directory).output();
-        let output = output.expect("qemu-img and stonework are there");
+        command.current_dir(directory).stdin(Stdio::null());
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let child = {
+            let _alone = FORKS.write().unwrap_or_else(PoisonError::into_inner);
+            command.spawn()
+        };
+        let child = child.expect("qemu-img and stonework are there");
+        let output = child.wait_with_output().expect("it is our child");
         let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("both print text");
         Self {
             status: output.status.code(),

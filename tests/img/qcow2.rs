@@ -242,12 +242,16 @@ fn checks_find_and_repair_the_same() {
                 ours.status, theirs.status,
                 "{what} {repair:?}: {ours:?} {theirs:?}"
             );
-            let [ours, theirs] = [ours, theirs].map(|outcome| {
-                Outcome {
-                    status: Some(0),
-                    ..outcome
-                }
-                .json()
+            // A check that could not be done has nothing to report.
+            let [ours, theirs] = [ours, theirs].map(|outcome| match outcome.output.is_empty() {
+                true => None,
+                false => Some(
+                    Outcome {
+                        status: Some(0),
+                        ..outcome
+                    }
+                    .json(),
+                ),
             });
             assert_eq!(ours, theirs, "{what} {repair:?}");
             restore();

@@ -1,10 +1,11 @@
 //! Raw images, on both programs.
 
 use std::fs;
+use std::sync::PoisonError;
 
 use harness::random::Random;
 
-use super::{Pair, Pattern, allocated, path};
+use super::{FORKS, Pair, Pattern, allocated, path};
 
 /// Data, a hole, and a few bytes at the end.
 fn sparse() -> Pattern {
@@ -607,7 +608,9 @@ fn an_image_that_somebody_writes_is_looked_at_only_by_force() {
     let pair = Pair::new();
     pair.file("a.raw", &sparse());
     let disk = path(&pair.ours, "a.raw");
+    let alone = FORKS.write().unwrap_or_else(PoisonError::into_inner);
     let _daemon = Daemon::serve(&disk, &path(&pair.ours, "socket"), &[]);
+    drop(alone);
     for args in [
         &["map", "a.raw"][..],
         &["resize", "-f", "raw", "a.raw", "2M"],

@@ -6,6 +6,7 @@ use blockcore::Error;
 use blockcore::driver::StatusFlags;
 use blockcore::io::buffer::Segments;
 use clap::Args;
+use futures_util::future;
 
 use super::cli::{FormatArgs, ObjectArgs, parse_cache};
 use super::open::{How, Image, Probing};
@@ -160,8 +161,9 @@ async fn compare_common(
         }
         let bytes = second.bytes.min(CHUNK_BYTES);
         let [of_one, of_other] = buffers.each_ref().map(|buffer| buffer.slice(0, bytes));
-        read(one, &first, offset, &of_one).await?;
-        read(other, &second, offset, &of_other).await?;
+        let reads = [(one, &first, &of_one), (other, &second, &of_other)];
+        let reads = reads.map(|(image, extent, into)| read(image, extent, offset, into));
+        future::try_join_all(reads).await?;
         if let Some(at) = walk::first_difference(&of_one.to_vec(), &of_other.to_vec()) {
             return Ok(different(offset + at));
         }

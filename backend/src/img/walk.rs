@@ -226,6 +226,10 @@ pub(super) fn is_zero(bytes: &[u8]) -> bool {
 
 /// Where the first sector begins that differs; `None` if all are alike. Both have the same length.
 pub(super) fn first_difference(one: &[u8], other: &[u8]) -> Option<u64> {
+    // Nearly always, and found out at once.
+    if one == other {
+        return None;
+    }
     let sectors = one
         .chunks(SECTOR_BYTES as usize)
         .zip(other.chunks(SECTOR_BYTES as usize));
