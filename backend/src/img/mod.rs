@@ -23,6 +23,7 @@ pub mod convert;
 pub mod create;
 pub mod dd;
 pub mod info;
+mod make;
 pub mod map;
 pub mod measure;
 mod open;
