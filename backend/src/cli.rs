@@ -8,7 +8,10 @@ use blockcore::engine::EngineChoice;
 use blockcore::options::{Options, parse_size};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::config::{DEFAULT_POLL, MAX_QUEUES, ProcessConfig, parse_cpus};
+use crate::config::{
+    DEFAULT_POLL, MAX_QUEUES, ProcessConfig, default_runtime_directory, parse_cpus,
+};
+use crate::img::cli::ImgArgs;
 
 /// Serves virtual disks to virtual machines over vhost-user-blk.
 #[derive(Debug, Parser)]
@@ -26,6 +29,8 @@ pub enum Command {
     Serve(ServeArgs),
     /// Serve disks described by options, as qemu-storage-daemon does
     Daemon(DaemonArgs),
+    /// Make, look at, copy and change images that nobody serves, as qemu-img does
+    Img(ImgArgs),
 }
 
 /// How the process does its work.
@@ -46,6 +51,10 @@ pub struct ProcessArgs {
     /// Throw away what was recorded of the graph (SOCKET.state): serve what the arguments describe
     #[arg(long)]
     pub discard_state: bool,
+    /// Where memory that outlives this process is kept, on a file system in memory; made if it is not
+    /// there [default: $XDG_RUNTIME_DIR/stonework, or /run/stonework for root]
+    #[arg(long, value_name = "DIR")]
+    pub runtime_dir: Option<PathBuf>,
 }
 
 /// A list of cores.
@@ -83,6 +92,10 @@ impl ProcessArgs {
                 EngineArg::Threads => EngineChoice::Threads,
             },
             discard_state: self.discard_state,
+            runtime_directory: self.runtime_dir.clone().or_else(|| {
+                let session = std::env::var_os("XDG_RUNTIME_DIR");
+                default_runtime_directory(session.map(PathBuf::from))
+            }),
         }
     }
 }

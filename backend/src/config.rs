@@ -1,6 +1,6 @@
 //! What the daemon is to do, checked: command-line flags and control commands become these types.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use blockcore::Error;
@@ -22,6 +22,8 @@ pub struct ProcessConfig {
     /// What earlier lives recorded of their exports is thrown away: they serve what the arguments
     /// describe.
     pub discard_state: bool,
+    /// Where memory that is to outlive the process is kept; `None`: nowhere.
+    pub runtime_directory: Option<PathBuf>,
 }
 
 impl Default for ProcessConfig {
@@ -32,8 +34,22 @@ impl Default for ProcessConfig {
             poll_max: DEFAULT_POLL,
             engine: EngineChoice::Auto,
             discard_state: false,
+            runtime_directory: None,
         }
     }
+}
+
+/// Where memory that is to outlive the process is kept if nobody says: `stonework` in what the session
+/// has for such things (`XDG_RUNTIME_DIR`), given as `session`, else in `/run`, where that is the
+/// caller's to write to.
+pub fn default_runtime_directory(session: Option<PathBuf>) -> Option<PathBuf> {
+    const HOST: &str = "/run";
+    if let Some(session) = session.filter(|path| path.is_absolute()) {
+        return Some(session.join("stonework"));
+    }
+    let access = rustix::fs::access(HOST, rustix::fs::Access::WRITE_OK);
+    let own = rustix::process::geteuid().is_root() && access.is_ok();
+    own.then(|| Path::new(HOST).join("stonework"))
 }
 
 /// The default for [`ProcessConfig::poll_max`]: a little more than a request to a fast disk takes.
@@ -287,6 +303,16 @@ mod tests {
         assert!(message(",serial=123456789012345678901").contains("more than the 20"));
         assert!(message(",colour=red").contains("no option 'colour'"));
         assert!(message(",on-write-error=auto").contains("'on-write-error'"));
+    }
+
+    #[test]
+    fn the_runtime_directory_is_the_sessions_and_never_a_relative_one() {
+        let session = |path: &str| default_runtime_directory(Some(path.into()));
+        let of_user = Some(PathBuf::from("/run/user/1000/stonework"));
+        assert_eq!(session("/run/user/1000"), of_user);
+        let host = default_runtime_directory(None);
+        assert_eq!(session("here"), host);
+        assert!(host.is_none_or(|path| path == Path::new("/run/stonework")));
     }
 
     #[test]

@@ -190,9 +190,11 @@ impl Daemon {
         let context = IoContext::new(engine::make(process.engine)?);
         let calls = Mailbox::new(Arc::clone(context.engine().sleeper()));
         let notices = Mailbox::new(Arc::clone(context.engine().sleeper()));
+        let control = Control::new(Graph::new(drivers), context);
+        control.set_runtime_directory(process.runtime_directory.clone());
         Ok(Rc::new(Self {
             process,
-            control: Control::new(Graph::new(drivers), context),
+            control,
             calls,
             notices,
             ended: Arc::default(),

@@ -8,6 +8,7 @@ pub mod cli;
 pub mod config;
 pub mod daemon;
 pub mod export;
+pub mod img;
 pub mod polling;
 pub mod serve;
 pub mod signals;

@@ -1,5 +1,6 @@
 //! The `stonework` command: parse, build, run, exit status.
 
+use std::cell::RefCell;
 use std::io::Write;
 use std::process::ExitCode;
 use std::rc::Rc;
@@ -7,6 +8,7 @@ use std::rc::Rc;
 use backend::cli::{Cli, Command, DaemonArgs, ServeArgs, parse_options};
 use backend::config::ExportConfig;
 use backend::daemon::Daemon;
+use backend::img::{self, cli::ImgArgs};
 use backend::serve::{self, Probe};
 use backend::signals::Signals;
 use blockcore::Error;
@@ -20,16 +22,25 @@ fn main() -> ExitCode {
         report(panic);
         std::process::abort();
     }));
-    let matches = Cli::command().get_matches();
-    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
-    log();
+    let arguments = match arguments() {
+        Ok(arguments) => arguments,
+        Err(status) => return status,
+    };
+    let matches = Cli::command().try_get_matches_from(&arguments);
+    let matches = matches.unwrap_or_else(|error| usage(&error, &arguments));
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| usage(&error, &arguments));
+    log(match cli.command {
+        Command::Img(_) => "warn",
+        _ => "info",
+    });
     raise_descriptor_limit();
-    let result = match &cli.command {
-        Command::Serve(args) => run_serve(args),
+    let result = match cli.command {
+        Command::Serve(args) => run_serve(&args),
         Command::Daemon(args) => {
             let (_, given) = matches.subcommand().expect("a command was parsed");
-            run_daemon(args, given)
+            run_daemon(&args, given)
         }
+        Command::Img(args) => return run_img(args, &arguments),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -41,10 +52,34 @@ fn main() -> ExitCode {
     }
 }
 
+/// The command line; all that we take is text.
+fn arguments() -> Result<Vec<String>, ExitCode> {
+    let words = std::env::args_os().map(std::ffi::OsString::into_string);
+    match words.collect::<Result<Vec<_>, _>>() {
+        Ok(words) => Ok(img::cli::with_sizes_apart(words)),
+        Err(word) => {
+            let word = word.display();
+            let _ = writeln!(std::io::stderr(), "stonework: '{word}' is not valid UTF-8");
+            Err(ExitCode::from(2))
+        }
+    }
+}
+
+/// Says what is wrong with the command line, or what was asked of it, and ends. `img` ends as `qemu-img`
+/// does.
+fn usage(error: &clap::Error, arguments: &[String]) -> ! {
+    let is_img = arguments.get(1).is_some_and(|word| word == "img");
+    if is_img && error.exit_code() != 0 {
+        let _ = error.print();
+        std::process::exit(1);
+    }
+    error.exit()
+}
+
 /// Logs to standard error; `STONEWORK_LOG` chooses what, as in `warn` or `backend::worker=debug`.
-fn log() {
+fn log(default: &str) {
     let filter =
-        EnvFilter::try_from_env("STONEWORK_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+        EnvFilter::try_from_env("STONEWORK_LOG").unwrap_or_else(|_| EnvFilter::new(default));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
@@ -76,6 +111,17 @@ fn run_serve(args: &ServeArgs) -> Result<(), Error> {
     // A reader that went away does not concern the guest.
     let _ = serve::announce(args, &daemon, std::io::stdout().lock());
     daemon.run(Some(&signals))
+}
+
+fn run_img(args: ImgArgs, arguments: &[String]) -> ExitCode {
+    let probe = Probe {
+        bytes: formats::probe::BYTES,
+        seems: formats::probe::seems,
+    };
+    let output = Rc::new(RefCell::new(std::io::stdout()));
+    let arguments = arguments.get(2..).unwrap_or_default().to_vec();
+    let status = img::run(args, arguments, formats::drivers(), probe, output);
+    ExitCode::from(status)
 }
 
 fn run_daemon(args: &DaemonArgs, given: &ArgMatches) -> Result<(), Error> {

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
 
-use blockcore::driver::DriverType;
+use blockcore::driver::{DriverKind, DriverType};
 use blockcore::io::policy::{ErrorPolicy, OnError};
 use blockcore::options::Options;
 use blockcore::{Error, ErrorKind};
@@ -16,6 +16,8 @@ use crate::cli::ServeArgs;
 use crate::config::ExportConfig;
 use crate::daemon::Daemon;
 
+/// What a disk is where nothing is said.
+const RAW: &str = "raw";
 /// The node's and the export's name.
 const NAME: &str = "disk";
 /// After what time writes that the host had no space for are tried again: soon enough for who has just
@@ -40,23 +42,32 @@ pub fn build(
     drivers: Vec<&'static DriverType>,
     probe: &Probe,
 ) -> Result<Rc<Daemon>, Error> {
-    let formats: Vec<_> = drivers.iter().map(|driver| driver.name).collect();
-    if let Some(format) = args.format.as_deref().filter(|format| *format != "raw") {
-        let error = match formats.contains(&format) {
+    let formats: Vec<_> = drivers
+        .iter()
+        .filter(|driver| driver.kind == DriverKind::Format)
+        .map(|driver| driver.name)
+        .collect();
+    if let Some(format) = args
+        .format
+        .as_deref()
+        .filter(|name| !formats.contains(name))
+    {
+        let known = formats.join(", ");
+        let is_driver = drivers.iter().any(|driver| driver.name == format);
+        return Err(match is_driver {
             true => Error::invalid(format!(
-                "'{format}' is not an image format: use --format raw"
+                "'{format}' is not an image format: these are {known}"
             )),
             false => Error::unsupported(format!(
-                "this version of stonework has no format '{format}': it has raw"
+                "this version of stonework has no format '{format}': it has {known}"
             )),
-        };
-        return Err(error);
+        });
     }
     let daemon = Daemon::new(args.process.config(), drivers)?;
     if let Some(bytes) = args.create {
-        create(&daemon, &args.disk, bytes)?;
+        create(&daemon, args, bytes)?;
     } else if args.format.is_none() {
-        refuse_other_formats(args, probe)?;
+        refuse_other_formats(args, probe, &formats)?;
     }
     daemon.add_node(node_options(args)?)?;
     daemon.add_export(ExportConfig {
@@ -77,13 +88,25 @@ pub fn build(
     Ok(daemon)
 }
 
-fn create(daemon: &Rc<Daemon>, path: &Path, bytes: u64) -> Result<(), Error> {
-    let kind = daemon.control().read(|graph| graph.driver_type("file"))?;
+/// The format that is served.
+fn format(args: &ServeArgs) -> &str {
+    args.format.as_deref().unwrap_or(RAW)
+}
+
+fn create(daemon: &Rc<Daemon>, args: &ServeArgs, bytes: u64) -> Result<(), Error> {
+    // A raw disk is its file.
+    let (driver, prefix) = match format(args) {
+        RAW => ("file", ""),
+        format => (format, "file."),
+    };
+    let kind = daemon.control().read(|graph| graph.driver_type(driver))?;
     let create = kind.create.ok_or_else(|| {
-        Error::unsupported("driver 'file' cannot make files in this version of stonework")
+        Error::unsupported(format!(
+            "driver '{driver}' cannot make disks in this version of stonework"
+        ))
     })?;
     let mut options = Options::default();
-    options.set("filename", text(path)?);
+    options.set(&format!("{prefix}filename"), text(&args.disk)?);
     options.set("size", bytes.to_string());
     daemon.block_on(create(Rc::clone(daemon.control().context()), options))
 }
@@ -94,7 +117,7 @@ fn text(path: &Path) -> Result<&str, Error> {
 }
 
 /// A file that begins like an image is probably not meant as raw bytes.
-fn refuse_other_formats(args: &ServeArgs, probe: &Probe) -> Result<(), Error> {
+fn refuse_other_formats(args: &ServeArgs, probe: &Probe, formats: &[&str]) -> Result<(), Error> {
     let Ok(file) = File::open(&args.disk) else {
         // Opening the node says what is wrong, with what to do about it.
         return Ok(());
@@ -123,10 +146,13 @@ fn refuse_other_formats(args: &ServeArgs, probe: &Probe) -> Result<(), Error> {
             args.socket.display()
         )
     };
+    let missing = match formats.contains(&format) {
+        true => String::new(),
+        false => format!(" (this version of stonework has no {format})"),
+    };
     Err(Error::invalid(format!(
         "'{}' begins like a {format} image, and the format is never guessed: to serve the disk in \
-         it, run '{}' (this version of stonework has no {format}); to serve its bytes as they are, \
-         run '{}'",
+         it, run '{}'{missing}; to serve its bytes as they are, run '{}'",
         args.disk.display(),
         command(format),
         command("raw")
@@ -138,7 +164,7 @@ fn node_options(args: &ServeArgs) -> Result<Options, Error> {
     let device =
         std::fs::metadata(&args.disk).is_ok_and(|metadata| metadata.file_type().is_block_device());
     let mut options = Options::default();
-    options.set("driver", "raw");
+    options.set("driver", format(args));
     options.set("node-name", NAME);
     options.set("read-only", on_off(args.read_only));
     options.set("discard", "unmap");
@@ -167,8 +193,9 @@ pub fn announce(args: &ServeArgs, daemon: &Daemon, mut out: impl io::Write) -> i
     };
     writeln!(
         out,
-        "serving {} (raw, {}, {access}, cache {}) at {socket}",
+        "serving {} ({}, {}, {access}, cache {}) at {socket}",
         args.disk.display(),
+        format(args),
         human_bytes(info.bytes),
         args.cache.name()
     )?;

@@ -6,6 +6,7 @@
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use crate::IoError;
 use crate::graph::NodeId;
 use crate::io::flush::Generation;
 use crate::io::status::StatusCache;
@@ -29,6 +30,13 @@ pub enum Notice {
     Resized {
         /// Which node.
         node: NodeId,
+    },
+    /// What a node kept of a moment is lost: something could not be copied before it changed.
+    SnapshotLost {
+        /// Which node.
+        node: Arc<str>,
+        /// Why not.
+        error: IoError,
     },
     /// An image contradicts its format.
     Corrupt {

@@ -1,13 +1,15 @@
 //! Driver `raw`: its child's bytes as they are, or a range of them.
 
+use std::rc::Rc;
 use std::sync::Arc;
 
 use blockcore::driver::{
-    Driver, DriverIo, DriverType, Limits, Mapping, OpenRequest, Opened, Place, Preallocation,
-    ReopenRequest, Reopened, Role, Status, StatusFlags, TruncateFlags, WriteFlags, ZeroFlags,
+    Driver, DriverIo, DriverType, Limits, Mapping, Measured, OpenRequest, Opened, Place,
+    Preallocation, ReopenRequest, Reopened, Role, Status, StatusFlags, TruncateFlags, WriteFlags,
+    ZeroFlags,
 };
 use blockcore::io::buffer::Segments;
-use blockcore::io::{Io, IoFuture};
+use blockcore::io::{Io, IoFuture, Root};
 use blockcore::options::{OptionKind, OptionSpec, Options};
 use blockcore::{Error, IoError};
 use futures_util::FutureExt;
@@ -26,8 +28,12 @@ pub static RAW: DriverType = DriverType {
     // Anything is raw if it is nothing else.
     probe: Some(|_| 1),
     open: |request| async move { open(&request) }.boxed_local(),
+    measure: Some(|options, root| async move { measure(&options, root) }.boxed_local()),
     ..DriverType::FORMAT
 };
+
+/// Disks are whole sectors long.
+const SECTOR_BYTES: u64 = 512;
 
 fn is_whole(options: &Options) -> bool {
     options.get("offset").is_none_or(|offset| offset == "0") && options.get("size").is_none()
@@ -69,6 +75,33 @@ fn open(request: &OpenRequest) -> Result<Opened, Error> {
     Ok(Opened {
         driver: Box::new(RawDriver),
         io: Arc::new(io),
+    })
+}
+
+/// What creation options of raw images say.
+const CREATE_OPTIONS: &[OptionSpec] = &[OptionSpec {
+    name: "size",
+    kind: OptionKind::Size,
+    default: Some("0"),
+    reopen: false,
+    changes_data: false,
+    help: "length of the disk in bytes",
+}];
+
+/// As long as the disk is, whatever is in it: a file's holes do not make it shorter.
+fn measure(options: &Options, root: Option<Rc<Root>>) -> Result<Measured, Error> {
+    options.check(&[CREATE_OPTIONS], "a raw image")?;
+    let bytes = match root {
+        Some(root) => root.bytes(),
+        None => options.size(CREATE_OPTIONS, "size"),
+    };
+    let bytes = bytes
+        .checked_next_multiple_of(SECTOR_BYTES)
+        .ok_or_else(|| Error::invalid(format!("a raw image cannot have {bytes} bytes")))?;
+    Ok(Measured {
+        required_bytes: bytes,
+        fully_allocated_bytes: bytes,
+        bitmaps_bytes: None,
     })
 }
 
@@ -230,5 +263,48 @@ impl DriverIo for Raw {
             io.child(0).truncate(end, exact, preallocation, flags).await
         }
         .boxed_local()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use blockcore::ErrorKind;
+    use blockcore::engine::{EngineChoice, make};
+    use blockcore::graph::{Control, Graph};
+    use blockcore::io::IoContext;
+
+    use super::*;
+
+    #[test]
+    fn a_raw_image_is_as_long_as_its_disk_in_whole_sectors() {
+        let context = IoContext::new(make(EngineChoice::Threads).expect("threads are there"));
+        let control = Control::new(Graph::new(crate::drivers()), Rc::clone(&context));
+        let measured = |size: &str, node: Option<&'static str>| {
+            let (control, mut options) = (control.clone(), Options::default());
+            if !size.is_empty() {
+                options.set("size", size);
+            }
+            context.block_on(async move {
+                let measured = control.measure("raw", options, node).await?;
+                assert_eq!(measured.bitmaps_bytes, None);
+                Ok((measured.required_bytes, measured.fully_allocated_bytes))
+            })
+        };
+        assert_eq!(measured("1000", None).map_err(error), Ok((1024, 1024)));
+        let (adder, disk) = (control.clone(), "driver=null-co,node-name=disk,size=1536");
+        let disk = Options::parse(disk, None).expect("well-formed");
+        let added = context.block_on(async move { adder.add(disk).await });
+        added.expect("nothing is opened");
+        assert_eq!(measured("", Some("disk")).map_err(error), Ok((1536, 1536)));
+        assert_eq!(
+            measured("long", None).map_err(error),
+            Err(ErrorKind::Invalid)
+        );
+        let refused = measured(&u64::MAX.to_string(), None).map_err(error);
+        assert_eq!(refused, Err(ErrorKind::Invalid));
+    }
+
+    fn error(error: Error) -> ErrorKind {
+        error.kind()
     }
 }

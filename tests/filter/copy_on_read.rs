@@ -85,6 +85,23 @@ fn what_lies_below_the_bottom_stays_there() {
 }
 
 #[test]
+fn with_a_bottom_the_chain_down_to_it_stays_as_it_is_until_the_filter_goes() {
+    let (machine, _) = machine(1);
+    machine.add("driver=copy-on-read,node-name=cor,file=top,bottom=mid");
+    let past_the_bottom = "driver=overlay,node-name=top,backing=base";
+    let refused = machine.reopen(past_the_bottom).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Busy);
+    assert!(refused.to_string().contains("node 'cor'"), "{refused}");
+    // What is below the bottom is not its affair.
+    machine.add("driver=null-co,node-name=other,size=64K");
+    machine
+        .reopen("driver=overlay,node-name=mid,backing=other")
+        .unwrap();
+    machine.remove("cor").unwrap();
+    machine.reopen(past_the_bottom).unwrap();
+}
+
+#[test]
 fn a_prefetch_copies_without_a_reader() {
     let (machine, model) = machine(1);
     machine.add("driver=copy-on-read,node-name=cor,file=top,bottom=mid");

@@ -404,9 +404,8 @@ impl History {
             let part = &data[next..end];
             let cell = &self.cells[(at / self.grain) as usize];
             let mut versions = cell.iter().filter(|version| possible(version));
-            let is_one = versions.any(|version| {
-                self::data(version.tag, at, part.len() as u64) == part
-            });
+            let is_one =
+                versions.any(|version| self::data(version.tag, at, part.len() as u64) == part);
             if !is_one {
                 self.check_bytes(at, part, what, &possible)?;
             }

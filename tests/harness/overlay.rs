@@ -23,14 +23,14 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use blockcore::driver::{
     Activation, BackingName, ChildSpec, Driver, DriverInfo, DriverIo, DriverType, Limits, Mapping,
-    OpenRequest, Opened, Place, Preallocation, Role, Status, StatusFlags, TruncateFlags,
+    NewChild, OpenRequest, Opened, Place, Preallocation, Role, Status, StatusFlags, TruncateFlags,
     WriteFlags, ZeroFlags,
 };
 use blockcore::fault::{self, Fault};
 use blockcore::io::buffer::Segments;
 use blockcore::io::tracked::Tracker;
 use blockcore::io::{Io, IoFuture, RequestKind, Root};
-use blockcore::options::{OptionKind, OptionSpec};
+use blockcore::options::{OptionKind, OptionSpec, Options};
 use blockcore::{Error, ErrorKind, IoError};
 use futures_util::FutureExt;
 use futures_util::future::LocalBoxFuture;
@@ -58,8 +58,32 @@ pub static OVERLAY: DriverType = DriverType {
         false => 0,
     }),
     open: |request| open(request).boxed_local(),
+    create_on: Some(|children, options| create_on(children, options).boxed_local()),
+    create_options: CREATE_OPTIONS,
     ..DriverType::FORMAT
 };
+
+const CREATE_OPTIONS: &[OptionSpec] = &[
+    create_option("size", OptionKind::Size, None),
+    create_option("cluster-size", OptionKind::Size, Some("64K")),
+    create_option("backing-file", OptionKind::Text, Some("")),
+    create_option("backing-fmt", OptionKind::Text, Some("")),
+];
+
+const fn create_option(
+    name: &'static str,
+    kind: OptionKind,
+    default: Option<&'static str>,
+) -> OptionSpec {
+    OptionSpec {
+        name,
+        kind,
+        default,
+        reopen: false,
+        changes_data: false,
+        help: "as for qcow2",
+    }
+}
 
 const OPTIONS: &[OptionSpec] = &[
     OptionSpec {
@@ -250,6 +274,29 @@ async fn open(request: OpenRequest) -> Result<Opened, Error> {
         }),
         io,
     })
+}
+
+/// Makes an image on a node.
+async fn create_on(children: Vec<Option<NewChild>>, options: Options) -> Result<(), Error> {
+    const TABLE: &[OptionSpec] = CREATE_OPTIONS;
+    options.check(&[TABLE], "creation of an overlay")?;
+    let name = options.text(TABLE, "backing-file").to_owned();
+    let format = options.text(TABLE, "backing-fmt").to_owned();
+    let header = Header {
+        cluster_bytes: options.size(TABLE, "cluster-size"),
+        bytes: options.size(TABLE, "size"),
+        backing: (!name.is_empty()).then(|| BackingName {
+            name,
+            format: Some(format).filter(|format| !format.is_empty()),
+        }),
+    };
+    if !header.is_sane() {
+        return Err(Error::invalid("an overlay cannot have such sizes"));
+    }
+    let file = children.into_iter().next().flatten();
+    let file = file.ok_or_else(|| Error::invalid("an overlay needs a file"))?;
+    let made = make(&file.root, &header).await;
+    made.map_err(|error| failed(&file.name, "make", error))
 }
 
 /// Makes an empty image of a file that has no header.

@@ -1,7 +1,6 @@
 //! What is counted: requests one after the other, with the graph in between or without it.
 
 use std::cell::{Cell, RefCell};
-use std::error::Error;
 use std::hint::black_box;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -17,6 +16,7 @@ use blockcore::io::buffer::Segments;
 use blockcore::io::{IoContext, RequestKind, Root};
 use blockcore::mailbox::Sleeper;
 use blockcore::options::Options;
+use blockcore::{Error, ErrorKind};
 use clap::ValueEnum;
 use futures_util::future::LocalBoxFuture;
 
@@ -34,6 +34,8 @@ pub(crate) enum Way {
     Direct,
     /// Through a root: it enters, is mapped, started, completed and ends.
     Graph,
+    /// As `graph`, on a qcow2 image whose clusters are all there and whose tables are in memory.
+    Qcow2,
     /// As `graph`, each in a turn of its own of the worker's context: as when it is alone.
     Turn,
 }
@@ -44,21 +46,40 @@ const REQUEST_BYTES: u64 = 4096;
 const DISK_BYTES: u64 = 1 << 20;
 
 /// Makes `requests` requests; returns how many allocations they made together.
-pub(crate) fn run(way: Way, operation: Operation, requests: u64) -> Result<u64, Box<dyn Error>> {
+pub(crate) fn run(
+    way: Way,
+    operation: Operation,
+    requests: u64,
+) -> Result<u64, Box<dyn std::error::Error>> {
     let file = tempfile::NamedTempFile::new()?;
     file.as_file().set_len(DISK_BYTES)?;
     let engine = Rc::new(AtOnce::new()?);
     let context = IoContext::new(Rc::clone(&engine) as Rc<dyn Engine>);
     let control = Control::new(Graph::new(formats::drivers()), Rc::clone(&context));
     let path = file.path().display();
-    let options = format!("driver=raw,node-name=disk,file.driver=file,file.filename={path}");
+    let format = match way {
+        Way::Qcow2 => "qcow2",
+        _ => "raw",
+    };
+    if way == Way::Qcow2 {
+        let image = format!("file.filename={path}.qcow2,size={DISK_BYTES},preallocation=metadata");
+        let image = Options::parse(&image, None)?;
+        context.block_on(formats::qcow2::create::create(Rc::clone(&context), image))?;
+        std::fs::rename(format!("{path}.qcow2"), file.path())?;
+    }
+    let options = format!("driver={format},node-name=disk,file.driver=file,file.filename={path}");
     let options = Options::parse(&options, None)?;
     let opener = control.clone();
     let opened = context.block_on(async move {
         opener.add(options).await?;
         let spec = RootSpec::writer("a guest").in_units_of(512);
         let root = opener.add_root("disk", spec).await?;
-        opener.root_here(root)
+        let root = opener.root_here(root)?;
+        // What a layer has to know is in memory then.
+        let memory = Segments::allocate(REQUEST_BYTES as usize, 4096);
+        let read = root.read(0, memory).await;
+        read.map_err(|error| Error::new(ErrorKind::Io, error.to_string()))?;
+        Ok::<_, Error>(root)
     });
     let root = opened?;
 
@@ -75,7 +96,7 @@ pub(crate) fn run(way: Way, operation: Operation, requests: u64) -> Result<u64, 
             let engine: Rc<dyn Engine> = black_box(engine);
             Box::new(move |number| load.straight(&*engine, file, number))
         }
-        Way::Graph => Box::new(move |number| load.through(&root, number, false)),
+        Way::Graph | Way::Qcow2 => Box::new(move |number| load.through(&root, number, false)),
         Way::Turn => Box::new(move |number| load.through(&root, number, true)),
     };
     // Tables that grow to the size that they need have done so.
@@ -162,7 +183,7 @@ struct AtOnce {
 }
 
 impl AtOnce {
-    fn new() -> Result<Self, blockcore::Error> {
+    fn new() -> Result<Self, Error> {
         Ok(Self {
             below: engine::make(EngineChoice::Threads)?,
             answers_at_once: Cell::new(false),

@@ -280,3 +280,38 @@ fn compress_by_qemu(case: &Case, image: &Path, random: &mut Random, model: &mut 
         cluster.fill(fill);
     }
 }
+
+/// QEMU with lazy reference counts, killed: they are wrong in the image, and the image says so.
+#[test]
+fn an_image_whose_writer_was_killed_is_repaired_when_it_is_opened_for_writing() {
+    let images = Images::new();
+    let image = images.path("image.qcow2");
+    let path = image.to_str().unwrap();
+    let options = "lazy_refcounts=on,cluster_size=4096";
+    qemu(
+        "qemu-img",
+        &["create", "-f", "qcow2", "-o", options, path, "1M"],
+    );
+    let writes = ["-c", "write -P 7 0 64k", "-c", "flush", "-c", "abort"];
+    qemu_output(
+        "qemu-io",
+        &[&["-f", "qcow2"][..], &writes, &[path]].concat(),
+    );
+    let dirty = qemu_output("qemu-img", &["check", "-f", "qcow2", path]);
+    assert_ne!(
+        dirty.status.code(),
+        Some(0),
+        "QEMU has left nothing to repair"
+    );
+    let process = Process::new();
+    let options = format!("driver=qcow2,file.driver=file,file.filename={path}");
+    let disk = process.open(&options).unwrap();
+    let mut model = vec![0; 1 << 20];
+    model[..65536].fill(7);
+    disk.write(65536, &[8; 4096]);
+    model[65536..69632].fill(8);
+    compare(&disk.read(0, 1 << 20), &model, "we");
+    disk.close().unwrap();
+    assert_clean(&image, "at the end");
+    compare(&contents(&image), &model, "QEMU");
+}

@@ -102,7 +102,10 @@ async fn write_discard_and_reuse(context: Rc<IoContext>, image: String) -> Resul
     control.resume("disk", "held").expect("it is held");
     ended.await.expect("the write ends");
     let held = read(&root, 0).await;
-    if ![0, 2].iter().any(|tag| held == history::data(*tag, 0, CLUSTER)) {
+    if ![0, 2]
+        .iter()
+        .any(|tag| held == history::data(*tag, 0, CLUSTER))
+    {
         return Err("the write that was held is neither there nor gone".into());
     }
     for cluster in 1..CLUSTERS {
@@ -225,7 +228,9 @@ fn workers_on_threads_of_their_own_find_what_they_wrote_and_leave_a_clean_image(
         let (ready, over) = (ready.clone(), over.clone());
         thread::spawn(move || {
             let context = IoContext::new(make(EngineChoice::Auto).expect("an engine"));
-            ready.send(context.handle().clone()).expect("it is waited for");
+            ready
+                .send(context.handle().clone())
+                .expect("it is waited for");
             let inner = Rc::clone(&context);
             context.block_on(async move {
                 let root = loop {
@@ -288,7 +293,9 @@ async fn write_and_read(root: &Rc<Root>, first: u64, step: u64) {
                 *tags = 0;
             }
             9..12 => {
-                root.discard(offset, CLUSTER).await.expect("it can be discarded");
+                root.discard(offset, CLUSTER)
+                    .await
+                    .expect("it can be discarded");
                 *tags = 0;
             }
             12 => root.flush().await.expect("it can be flushed"),

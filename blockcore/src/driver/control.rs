@@ -10,8 +10,13 @@ use std::sync::Arc;
 use futures_util::FutureExt;
 use futures_util::future::LocalBoxFuture;
 
-use super::{DriverIo, DriverKind, Limits, OpenModes, Role};
+use super::{
+    CheckReport, DriverIo, DriverKind, Fix, Limits, OpenModes, Role, SnapshotInfo, SnapshotRef,
+    SnapshotSpec,
+};
+use crate::graph::NodeId;
 use crate::graph::permission::{self, Permissions};
+use crate::io::buffer::Segments;
 use crate::io::{IoContext, Root};
 use crate::options::{OptionSpec, Options};
 use crate::{Error, ErrorKind};
@@ -131,6 +136,12 @@ pub trait Driver {
         None
     }
 
+    /// A node below in the chain, down to which the chain stays as it is for as long as this node is there:
+    /// none of its links can be replaced or cut. Asked once the driver has opened.
+    fn keeps_chain_to(&self) -> Option<NodeId> {
+        None
+    }
+
     /// The children that the image itself names, by their index among those of the driver's type; the
     /// backing image excepted. Asked once the driver has opened, which it does without them: those that the
     /// options do not give are opened then, and attached. Their names are paths, never a protocol or
@@ -210,6 +221,109 @@ pub trait Driver {
     fn make_empty(&mut self, root: Rc<Root>) -> LocalBoxFuture<'_, Result<(), Error>> {
         let _ = root;
         refuse("be emptied")
+    }
+
+    /// Whether images of this driver can have internal snapshots: what follows is asked for only then.
+    fn has_snapshots(&self) -> bool {
+        false
+    }
+
+    /// The internal snapshots, in the order in which the image has them. Looks at nothing but memory.
+    fn snapshots(&self) -> Vec<SnapshotInfo> {
+        Vec::new()
+    }
+
+    /// Takes an internal snapshot. The node is drained and has been flushed; there is no snapshot with
+    /// this name or identifier.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Unsupported`] unless overridden; else what could not be written. The image is as it
+    /// was.
+    fn snapshot_create(
+        &mut self,
+        root: Rc<Root>,
+        spec: SnapshotSpec,
+    ) -> LocalBoxFuture<'_, Result<(), Error>> {
+        let _ = (root, spec);
+        refuse("have internal snapshots")
+    }
+
+    /// Makes the disk what it was when a snapshot was taken, its length too. The node is drained, and used
+    /// by nobody. There is such a snapshot; [`SnapshotRef::find`] says which.
+    ///
+    /// # Errors
+    ///
+    /// As [`snapshot_create`](Self::snapshot_create).
+    fn snapshot_apply<'a>(
+        &'a mut self,
+        root: Rc<Root>,
+        snapshot: &'a SnapshotRef,
+    ) -> LocalBoxFuture<'a, Result<(), Error>> {
+        let _ = (root, snapshot);
+        refuse("have internal snapshots")
+    }
+
+    /// Deletes a snapshot. As for [`snapshot_apply`](Self::snapshot_apply), but the node may have users.
+    ///
+    /// # Errors
+    ///
+    /// As [`snapshot_create`](Self::snapshot_create); the snapshot is there or not, and what belongs to it
+    /// alone may be leaked.
+    fn snapshot_delete<'a>(
+        &'a mut self,
+        root: Rc<Root>,
+        snapshot: &'a SnapshotRef,
+    ) -> LocalBoxFuture<'a, Result<(), Error>> {
+        let _ = (root, snapshot);
+        refuse("have internal snapshots")
+    }
+
+    /// Writes a part of a machine's state, from `offset` bytes after its beginning on. The node is
+    /// drained.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Unsupported`] unless overridden; else what could not be written.
+    fn save_vm_state(
+        &mut self,
+        root: Rc<Root>,
+        offset: u64,
+        from: Segments,
+    ) -> LocalBoxFuture<'_, Result<(), Error>> {
+        let _ = (root, offset, from);
+        refuse("hold a machine's state")
+    }
+
+    /// Reads a part of it. What nobody has written reads as zeroes.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Unsupported`] unless overridden; else what could not be read.
+    fn load_vm_state(
+        &mut self,
+        root: Rc<Root>,
+        offset: u64,
+        into: Segments,
+    ) -> LocalBoxFuture<'_, Result<(), Error>> {
+        let _ = (root, offset, into);
+        refuse("hold a machine's state")
+    }
+
+    /// Looks whether the image contradicts itself, and repairs what `fix` says. The node is drained and
+    /// has been flushed, and is flushed again; to be repaired it has no other writer.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Unsupported`] unless overridden; else what kept the check from going on. What is found
+    /// wrong is no error.
+    fn check(
+        &mut self,
+        root: Rc<Root>,
+        fix: Fix,
+    ) -> LocalBoxFuture<'_, Result<CheckReport, Error>> {
+        let _ = (root, fix);
+        refuse("be checked")
     }
 
     /// Amend, first of three: on the control thread before the image is changed, for permissions that
@@ -365,7 +479,7 @@ impl ReopenRequest {
     }
 }
 
-fn refuse<'a>(what: &str) -> LocalBoxFuture<'a, Result<(), Error>> {
+fn refuse<'a, T: 'a>(what: &str) -> LocalBoxFuture<'a, Result<T, Error>> {
     let message = format!("images of this driver cannot {what}");
     async move { Err(Error::new(ErrorKind::Unsupported, message)) }.boxed_local()
 }

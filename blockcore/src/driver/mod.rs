@@ -176,9 +176,11 @@
 //! ```
 
 mod control;
+mod image;
 mod io;
 mod limits;
 
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -188,6 +190,7 @@ use futures_util::future::LocalBoxFuture;
 pub use self::control::{
     Activation, BackingName, ChildPermissions, ChildQuery, Driver, ReopenRequest, Reopened,
 };
+pub use self::image::{CheckReport, Fix, Measured, SnapshotInfo, SnapshotRef, SnapshotSpec};
 pub use self::io::{
     CopyFlags, DriverInfo, DriverIo, Mapping, Place, Preallocation, SnapshotIo, Status,
     StatusFlags, TruncateFlags, WriteFlags, ZeroFlags,
@@ -269,6 +272,12 @@ pub struct DriverType {
     pub open: OpenFn,
     /// Makes an image; `None` if the driver has nothing to make.
     pub create: Option<CreateFn>,
+    /// Makes an image on nodes that there are, in place of what they hold; `None` if the driver cannot.
+    pub create_on: Option<CreateOnFn>,
+    /// What [`create`](Self::create) and [`create_on`](Self::create_on) take, children excepted.
+    pub create_options: &'static [OptionSpec],
+    /// How large an image becomes; `None` if the driver cannot tell.
+    pub measure: Option<MeasureFn>,
 }
 
 /// How much of an image a probe sees.
@@ -282,6 +291,24 @@ pub type OpenFn = fn(OpenRequest) -> LocalBoxFuture<'static, Result<Opened, Erro
 
 /// Makes an image from the driver's creation options; a failed creation leaves nothing behind.
 pub type CreateFn = fn(Rc<IoContext>, Options) -> LocalBoxFuture<'static, Result<(), Error>>;
+
+/// Makes an image on its children, given in the order of the driver's type, from the driver's creation
+/// options. Of a failed creation no image is left.
+pub type CreateOnFn =
+    fn(Vec<Option<NewChild>>, Options) -> LocalBoxFuture<'static, Result<(), Error>>;
+
+/// A node on which an image is made.
+#[derive(Clone)]
+pub struct NewChild {
+    /// Reads, writes and resizes it.
+    pub root: Rc<Root>,
+    /// How the image is to call it, where it has to: relative to the image's own place.
+    pub name: String,
+}
+/// Works out how large an image becomes that is made with these creation options: empty, or with what can
+/// be read there. Without the latter, the options say how long the disk is.
+pub type MeasureFn =
+    fn(Options, Option<Rc<Root>>) -> LocalBoxFuture<'static, Result<Measured, Error>>;
 
 impl DriverType {
     /// What a filter's author starts from: no options, and one child called `file`.
@@ -301,6 +328,9 @@ impl DriverType {
         prefixes: &[],
         open: |_| unreachable!("a driver says how it opens"),
         create: None,
+        create_on: None,
+        create_options: &[],
+        measure: None,
     };
 
     /// What a protocol's author starts from: no options and no children.
@@ -349,6 +379,9 @@ pub struct OpenRequest {
     pub find_bitmap: FindBitmap,
     /// Where throttle groups are found.
     pub throttle_groups: Groups,
+    /// Where memory that is to outlive this process is kept
+    /// ([`HostCall::OpenSegment`](crate::engine::HostCall::OpenSegment)); `None`: nowhere.
+    pub runtime_directory: Option<PathBuf>,
 }
 
 /// Finds what a dirty bitmap has marked, by the names of its node and its own. Fails with
@@ -376,6 +409,9 @@ pub struct OpenModes {
     pub force_share: bool,
     /// Metadata may be stale and must not be written: another process owns the image for now.
     pub inactive: bool,
+    /// Only to be checked, and perhaps repaired: what is wrong with the image's metadata is for the check
+    /// to say and refuses nothing that it can do without, and there is no backing node.
+    pub check: bool,
 }
 
 /// What becomes of written zeroes.

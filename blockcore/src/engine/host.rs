@@ -20,6 +20,7 @@ use rustix::io::Errno;
 
 use super::{
     Allocate, FileKind, FileType, HostCall, HostReply, Metadata, OpResult, OpenFile, OpenOptions,
+    segment,
 };
 use crate::io::buffer::Segment;
 
@@ -64,6 +65,10 @@ pub(super) fn call(call: HostCall) -> Result<HostReply, Errno> {
         HostCall::SetNocow(file) => set_nocow(fd(&file)?).map(done),
         HostCall::SetExtentSizeHint(file, bytes) => {
             set_extent_size_hint(fd(&file)?, bytes).map(done)
+        }
+        HostCall::OpenSegment { path, bytes } => {
+            let (segment, existed) = segment::open(&path, bytes)?;
+            Ok(HostReply::Segment { segment, existed })
         }
         HostCall::Remove(path) => rustix::fs::unlink(&path).map(done),
         HostCall::Rename(from, to) => rustix::fs::rename(&from, &to).map(done),

@@ -17,6 +17,7 @@ mod clock;
 mod host;
 mod inline;
 mod pool;
+mod segment;
 pub mod sim;
 pub mod threads;
 pub mod uring;
@@ -36,6 +37,7 @@ use std::time::Duration;
 use futures_util::future::LocalBoxFuture;
 pub use rustix::io::Errno;
 
+pub use self::segment::Segment;
 use crate::io::buffer::Segments;
 use crate::mailbox::Sleeper;
 
@@ -424,6 +426,15 @@ pub enum HostCall {
     Reserve(Arc<OpenFile>, u64, u64),
     /// Ask a copy-on-write file system to write this (empty) file in place (`FS_NOCOW_FL`).
     SetNocow(Arc<OpenFile>),
+    /// Map shared memory that outlives this process: a file of so many bytes, a multiple of 8, made of
+    /// zeroes if it is not there. Answered by [`HostReply::Segment`]; [`Segment::OTHER_LENGTH`] for one
+    /// that is there and has another length. [`Remove`](Self::Remove) ends it.
+    OpenSegment {
+        /// On a tmpfs, as a rule. Its directory is made, for this user alone, if only that is missing.
+        path: PathBuf,
+        /// How long it is.
+        bytes: u64,
+    },
     /// Ask the file system to allocate in units of so many bytes.
     SetExtentSizeHint(Arc<OpenFile>, u32),
     /// The path without links, `.` and `..`. Answered by [`HostReply::Path`].
@@ -469,6 +480,13 @@ pub enum HostReply {
     Path(PathBuf),
     /// How many bytes were copied; zero at the end of the source.
     Copied(u64),
+    /// Shared memory.
+    Segment {
+        /// The memory.
+        segment: Arc<Segment>,
+        /// It was there: an earlier life, or somebody else, has left it.
+        existed: bool,
+    },
 }
 
 /// What kind of thing a path names.

@@ -42,7 +42,9 @@ const OPTIONS: &[OptionSpec] = &[OptionSpec {
     help: "name of the lowest image that is copied from; the whole chain by default",
 }];
 
-struct CopyOnReadDriver;
+struct CopyOnReadDriver {
+    bottom: Option<NodeId>,
+}
 
 struct CopyOnReadIo {
     bottom: Option<NodeId>,
@@ -55,7 +57,7 @@ async fn open(request: OpenRequest) -> Result<Opened, Error> {
         name => Some(find_bottom(&request, name).await?),
     };
     Ok(Opened {
-        driver: Box::new(CopyOnReadDriver),
+        driver: Box::new(CopyOnReadDriver { bottom }),
         io: Arc::new(CopyOnReadIo { bottom }),
     })
 }
@@ -87,6 +89,10 @@ fn chain(top: Io<'_>) -> impl Iterator<Item = Io<'_>> {
 }
 
 impl Driver for CopyOnReadDriver {
+    fn keeps_chain_to(&self) -> Option<NodeId> {
+        self.bottom
+    }
+
     fn child_permissions(&self, query: &ChildQuery) -> ChildPermissions {
         let mut rule = permission::default_rule(query);
         if !query.inactive {

@@ -1,5 +1,5 @@
 //! Handing images to another process and taking them back: active and inactive nodes, as a migration's
-//! hand-over needs them; and changing a node's length.
+//! hand-over needs them; changing a node's length; and emptying one.
 //!
 //! An inactive node is not written to, and what it knows of its image may be out of date. Going inactive,
 //! parents write back before their children; coming back, children are read before their parents.
@@ -100,6 +100,23 @@ impl Control {
                 format!("cannot make node '{node}' {bytes} bytes long: {error}"),
             )
         })
+    }
+
+    /// Drops everything that a node's own layer holds, so that all comes from its backing node again.
+    /// Requests are held back meanwhile. Whoever asks has flushed what holds the data now.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NotFound`]; else as [`Driver::make_empty`](crate::driver::Driver::make_empty).
+    pub async fn make_empty(&self, node: &str) -> Result<(), Error> {
+        let mut change = self.begin().await;
+        let id = change.find(node)?;
+        change.drain(Scope::Nodes(BTreeSet::from([id]))).await;
+        let root = change.temporary_root(id, Permissions::all());
+        let driver = change.driver_of(id);
+        let emptied = driver.take().make_empty(root).await;
+        let finished = change.prepare().await?.commit().finish().await;
+        emptied.and(finished)
     }
 }
 

@@ -1,9 +1,9 @@
 //! Chains: a node, what it filters or defers to, and so on down.
 
 use super::shape::Shape;
-use super::{Change, EdgeId, Graph, NodeId};
+use super::{Change, Graph, NodeId};
+use crate::Error;
 use crate::driver::{DriverKind, Role};
-use crate::{Error, ErrorKind};
 
 impl Graph {
     /// The next node below: what a filter filters, or the backing node; never both.
@@ -108,9 +108,12 @@ impl Change {
     /// # Errors
     ///
     /// [`ErrorKind::Busy`] if one is frozen already; [`ErrorKind::NotFound`] if `base` is not below.
+    ///
+    /// [`ErrorKind::Busy`]: crate::ErrorKind::Busy
+    /// [`ErrorKind::NotFound`]: crate::ErrorKind::NotFound
     pub fn freeze_chain(&mut self, node: NodeId, base: Option<NodeId>) -> Result<(), Error> {
         let shape = &mut self.state_mut().shape;
-        let links = links(shape, node, base)?;
+        let links = shape.links(node, base)?;
         for link in &links {
             let edge = shape.edge(*link);
             if edge.frozen > 0 {
@@ -130,33 +133,10 @@ impl Change {
     /// Ends what [`freeze_chain`](Self::freeze_chain) began, for the same two nodes.
     pub fn thaw_chain(&mut self, node: NodeId, base: Option<NodeId>) {
         let shape = &mut self.state_mut().shape;
-        for link in links(shape, node, base).unwrap_or_default() {
+        for link in shape.links(node, base).unwrap_or_default() {
             let edge = shape.edge_mut(link);
             debug_assert!(edge.frozen > 0, "thawed as often as frozen");
             edge.frozen = edge.frozen.saturating_sub(1);
         }
     }
-}
-
-/// The edges of a chain.
-fn links(shape: &Shape, node: NodeId, base: Option<NodeId>) -> Result<Vec<EdgeId>, Error> {
-    let mut links = Vec::new();
-    let mut at = node;
-    while Some(at) != base {
-        let link = shape.link(at);
-        let Some(link) = link else {
-            let Some(base) = base else { break };
-            return Err(Error::new(
-                ErrorKind::NotFound,
-                format!(
-                    "node '{}' is not below node '{}'",
-                    shape.vertex(base).name,
-                    shape.vertex(node).name
-                ),
-            ));
-        };
-        links.push(link);
-        at = shape.edge(link).child;
-    }
-    Ok(links)
 }

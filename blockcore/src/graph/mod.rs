@@ -156,6 +156,7 @@ mod chain;
 mod change;
 mod compile;
 mod debug;
+mod image;
 mod names;
 mod node;
 mod open;
@@ -170,6 +171,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::marker::PhantomData;
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -394,6 +396,7 @@ pub struct Control {
     notices: Arc<Mailbox<Notice>>,
     next_name: Rc<Cell<u64>>,
     throttle_groups: Groups,
+    runtime_directory: Rc<RefCell<Option<PathBuf>>>,
 }
 
 impl Control {
@@ -404,6 +407,7 @@ impl Control {
             notices: Mailbox::new(Arc::clone(context.engine().sleeper())),
             context,
             throttle_groups: Groups::default(),
+            runtime_directory: Rc::default(),
             turns: Turns::default(),
             next_name: Rc::default(),
         }
@@ -422,6 +426,17 @@ impl Control {
     /// The throttle groups of the process.
     pub fn throttle_groups(&self) -> &Groups {
         &self.throttle_groups
+    }
+
+    /// Where drivers that open from now on keep memory that is to outlive this process, on a file system
+    /// that does not outlive the host; `None`, as at first: nowhere. It need not be there.
+    pub fn set_runtime_directory(&self, directory: Option<PathBuf>) {
+        self.runtime_directory.replace(directory);
+    }
+
+    /// What [`set_runtime_directory`](Self::set_runtime_directory) said last.
+    pub fn runtime_directory(&self) -> Option<PathBuf> {
+        self.runtime_directory.borrow().clone()
     }
 
     /// The control thread's context.

@@ -177,6 +177,16 @@ impl Inherited {
             detect_zeroes: DetectZeroes::Off,
             force_share: false,
             inactive: false,
+            check: false,
+        },
+        role: None,
+    };
+
+    /// As that, for an image that is opened to be checked.
+    pub(super) const TO_CHECK: Self = Self {
+        modes: OpenModes {
+            check: true,
+            ..Self::NOTHING.modes
         },
         role: None,
     };
@@ -192,8 +202,13 @@ impl Inherited {
     /// parent; a backing node is only read, and others write where the parent may. Discards that have
     /// come through the parent are honoured.
     fn defaults(self) -> OpenModes {
-        let modes = self.modes;
-        let Some(role) = self.role else { return modes };
+        let Some(role) = self.role else {
+            return self.modes;
+        };
+        let modes = OpenModes {
+            check: false,
+            ..self.modes
+        };
         if role.contains(Role::COW) {
             return OpenModes {
                 read_only: true,
@@ -246,6 +261,7 @@ pub(super) fn modes_of(
         },
         force_share: own("force-share", defaults.force_share),
         inactive: defaults.inactive,
+        check: defaults.check,
     };
     if modes.force_share && !modes.read_only {
         return Err(Error::invalid(format!(
@@ -304,7 +320,7 @@ impl Change {
             }
             let kind = self.control().read(|graph| graph.driver_type(&driver))?;
             let name = self.name_for(&mut options)?;
-            let modes = modes_of(&options, inherited, &name)?;
+            let mut modes = modes_of(&options, inherited, &name)?;
             let said: Vec<_> = kind
                 .children
                 .iter()
@@ -323,16 +339,27 @@ impl Change {
             options.check(&[NODE_OPTIONS, kind.options], &whose)?;
             let id = self.add_vertex(kind, &name, modes, &options, &children)?;
             // Others are kept out before the driver looks at what its children hold.
-            self.prepare_permissions().await?;
+            if let Err(error) = self.prepare_permissions().await {
+                let denied = error.kind() == ErrorKind::PermissionDenied;
+                if !denied || modes.read_only || !modes.auto_read_only {
+                    return Err(error);
+                }
+                // What it is in may only be read, and reading will do.
+                modes.read_only = true;
+                self.state_mut().shape.vertex_mut(id).modes = modes;
+                self.prepare_permissions().await?;
+            }
             let file = file.filter(|_| kind.kind == DriverKind::Protocol);
             self.open_driver(id, kind, options.clone(), modes, file)
                 .await?;
+            let base = self.driver_of(id).take().keeps_chain_to();
+            self.state_mut().shape.vertex_mut(id).keeps_chain_to = base;
             if self.update_roles(id, &options) {
                 self.prepare_permissions().await?;
             }
             self.open_named_children(id, modes, &said).await?;
             let backing = self.state().nodes[&id].backing.clone();
-            if let Some(backing) = backing.filter(|_| !backing_is_said) {
+            if let Some(backing) = backing.filter(|_| !backing_is_said && !modes.check) {
                 self.open_backing(id, modes, backing).await?;
             }
             Ok(id)
@@ -487,6 +514,7 @@ impl Change {
             file,
             find_bitmap: self.control().find_bitmap(),
             throttle_groups: self.control().throttle_groups().clone(),
+            runtime_directory: self.control().runtime_directory(),
         })
         .await?;
         let notices = Arc::clone(&self.control().notices);

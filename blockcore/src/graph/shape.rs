@@ -33,6 +33,8 @@ pub(crate) struct Vertex {
     pub(crate) probed: bool,
     /// The operator holds it by name: it stays when nobody uses it.
     pub(crate) owned: bool,
+    /// The links of its chain down to there stay as they are.
+    pub(crate) keeps_chain_to: Option<NodeId>,
     /// By the driver's index.
     pub(crate) children: Vec<Option<EdgeId>>,
     parents: Vec<EdgeId>,
@@ -47,6 +49,7 @@ impl Vertex {
             implicit: false,
             probed: false,
             owned: false,
+            keeps_chain_to: None,
             children: vec![None; kind.children.len()],
             parents: Vec::new(),
         }
@@ -173,6 +176,43 @@ impl Shape {
             .copied()
     }
 
+    /// The edges of a chain from `node` down to `base`, or to its end without one.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NotFound`] if `base` is not below.
+    pub(crate) fn links(&self, node: NodeId, base: Option<NodeId>) -> Result<Vec<EdgeId>, Error> {
+        let mut links = Vec::new();
+        let mut at = node;
+        while Some(at) != base {
+            let Some(link) = self.link(at) else {
+                let Some(base) = base else { break };
+                return Err(Error::new(
+                    ErrorKind::NotFound,
+                    format!(
+                        "node '{}' is not below node '{}'",
+                        self.vertex(base).name,
+                        self.vertex(node).name
+                    ),
+                ));
+            };
+            links.push(link);
+            at = self.edge(link).child;
+        }
+        Ok(links)
+    }
+
+    /// The node that keeps an edge as it is, if there is one.
+    fn keeper(&self, id: EdgeId) -> Option<&Vertex> {
+        let mut nodes = self.nodes.iter();
+        let keeper = nodes.find(|(top, vertex)| {
+            let base = vertex.keeps_chain_to;
+            let links = base.map(|base| self.links(**top, Some(base)));
+            links.is_some_and(|links| links.is_ok_and(|links| links.contains(&id)))
+        });
+        keeper.map(|(_, vertex)| vertex)
+    }
+
     /// Who a parent is, for messages.
     pub(crate) fn who(&self, edge: &Edge) -> String {
         match edge.parent {
@@ -217,12 +257,13 @@ impl Shape {
 
     fn check_thawed(&self, id: EdgeId) -> Result<(), Error> {
         let edge = self.edge(id);
-        if edge.frozen == 0 {
-            return Ok(());
-        }
+        let holder = match (edge.frozen, self.keeper(id)) {
+            (0, None) => return Ok(()),
+            (0, Some(keeper)) => format!("node '{}'", keeper.name),
+            _ => "a job or another operation".to_owned(),
+        };
         Err(Error::busy(format!(
-            "cannot change the link from {} to node '{}': it is frozen by a job or another operation \
-             that relies on it",
+            "cannot change the link from {} to node '{}': it is frozen by {holder} that relies on it",
             self.who(edge),
             self.vertex(edge.child).name
         )))

@@ -12,7 +12,7 @@ use super::align;
 use super::{HeaderGuard, IoContext};
 use crate::dirty_bitmap::Bits;
 use crate::driver::{DetectZeroes, DriverIo, DriverKind, Limits, Mapping, Role, SnapshotIo};
-use crate::engine::FileId;
+use crate::engine::{FileId, OpenFile};
 use crate::graph::NodeId;
 use crate::graph::permission::Permissions;
 use crate::io::buffer::Segments;
@@ -181,10 +181,14 @@ impl Plan {
         self.fast.alignment > 1
     }
 
+    /// The files of the host below, those of the root's own first.
+    pub fn files(&self) -> impl Iterator<Item = &Arc<OpenFile>> {
+        self.nodes.iter().flat_map(|node| node.io.files())
+    }
+
     /// How many syncs engines have started on the files below.
     pub fn host_syncs(&self) -> u64 {
-        let files = self.nodes.iter().flat_map(|node| node.io.files());
-        files.map(|file| file.syncs()).sum()
+        self.files().map(|file| file.syncs()).sum()
     }
 
     /// Whether some layer may change where bytes live while requests are under way, so that

@@ -28,7 +28,7 @@ use crate::IoError;
 use crate::driver::{Limits, Preallocation, Status, TruncateFlags, WriteFlags, ZeroFlags};
 use crate::engine::{FileId, Notify, Op};
 use crate::fault::{self, Fault};
-use crate::graph::RootId;
+use crate::graph::{NodeId, RootId};
 
 /// What a request is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -150,6 +150,11 @@ impl Root {
     /// The plan that requests begin with, now.
     pub fn plan(&self) -> Arc<Plan> {
         Arc::clone(&self.plan.borrow().plan)
+    }
+
+    /// Which node it is, now.
+    pub(crate) fn node(&self) -> NodeId {
+        self.plan.borrow().plan.nodes[0].state.id()
     }
 
     /// The length in bytes, now.

@@ -34,6 +34,7 @@ pub static FILE: DriverType = DriverType {
     prefixes: &[("file", |name| strip_prefix(name, "file"))],
     open: |request| driver::open(request, Kind::File).boxed_local(),
     create: Some(|context, options| create::create(context, options).boxed_local()),
+    create_options: CREATE_OPTIONS,
     ..DriverType::PROTOCOL
 };
 

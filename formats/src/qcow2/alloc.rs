@@ -90,6 +90,20 @@ impl Image {
         self.pools.lock().expect("no panic while counting")
     }
 
+    /// Changes what is reserved; the segment has it so before anybody uses what was taken.
+    fn with_pools<R>(&self, change: impl FnOnce(&mut Pools) -> R) -> R {
+        let mut pools = self.pools();
+        let result = change(&mut pools);
+        if let Some(segment) = &self.segment {
+            let extents = pools.metadata.extents.iter().chain(&pools.data.extents);
+            segment.set_reserved(extents.map(|reserved| Run {
+                start: reserved.start,
+                count: reserved.count,
+            }));
+        }
+        result
+    }
+
     /// Clusters side by side, at least one and at most `most`. They are the caller's: to be mapped, or
     /// [given back](Self::give_back).
     pub(super) async fn allocate(
@@ -100,7 +114,8 @@ impl Image {
     ) -> Result<Reserved, IoError> {
         loop {
             self.check_whole()?;
-            if let Some(taken) = self.pools().pool(class).take(most) {
+            let taken = self.with_pools(|pools| pools.pool(class).take(most));
+            if let Some(taken) = taken {
                 return Ok(taken);
             }
             let _turn = self.reserving.begin(0, 1, true).await;
@@ -112,9 +127,11 @@ impl Image {
 
     /// Reserved clusters that were not mapped, for the next who needs some. Nothing is being written there.
     pub(super) fn give_back(&self, class: Class, reserved: Reserved) {
-        self.pools().pool(class).extents.push_front(Reserved {
-            zeroed: false,
-            ..reserved
+        self.with_pools(|pools| {
+            pools.pool(class).extents.push_front(Reserved {
+                zeroed: false,
+                ..reserved
+            });
         });
     }
 
@@ -145,23 +162,24 @@ impl Image {
             self.uncount(io, run).await?;
             return Err(error);
         }
-        let mut pools = self.pools();
-        let pool = pools.pool(class);
-        pool.reserved = wanted;
         let old = end_before.saturating_sub(run.start).min(run.count);
         let parts = [
             (run.start, old, false),
             (run.start + old, run.count - old, true),
         ];
-        for (start, count, zeroed) in parts {
-            if count > 0 {
-                pool.extents.push_back(Reserved {
-                    start,
-                    count,
-                    zeroed,
-                });
+        self.with_pools(|pools| {
+            let pool = pools.pool(class);
+            pool.reserved = wanted;
+            for (start, count, zeroed) in parts {
+                if count > 0 {
+                    pool.extents.push_back(Reserved {
+                        start,
+                        count,
+                        zeroed,
+                    });
+                }
             }
-        }
+        });
         Ok(())
     }
 
@@ -302,7 +320,7 @@ impl Image {
         }
         let first = block * self.geometry.block_counts();
         let place = self.new_metadata(io, first, 1).await?;
-        self.refcounts.make(block, place, &[first]);
+        self.refcounts.make(block, place);
         Ok(())
     }
 
@@ -496,7 +514,7 @@ impl Image {
         cause: Cause,
     ) -> Result<(), IoError> {
         let bits = self.geometry.cluster_bits;
-        let options = self.options;
+        let options = self.options();
         let pass = match cause {
             Cause::Request => options.pass_discard_request,
             Cause::Snapshot => options.pass_discard_snapshot,
@@ -525,15 +543,47 @@ impl Image {
 
     /// Gives back what is reserved, at the end.
     pub(super) async fn give_back_reserved(&self, io: Io<'_>) -> Result<(), IoError> {
-        let reserved: Vec<_> = {
-            let mut pools = self.pools();
+        let reserved: Vec<_> = self.with_pools(|pools| {
             let data = std::mem::take(&mut pools.data.extents);
             let metadata = std::mem::take(&mut pools.metadata.extents);
             data.into_iter().chain(metadata).collect()
-        };
-        for Reserved { start, count, .. } in reserved {
-            self.uncount(io, Run { start, count }).await?;
+        });
+        let mut runs: Vec<_> = reserved
+            .into_iter()
+            .map(|reserved| Run {
+                start: reserved.start,
+                count: reserved.count,
+            })
+            .collect();
+        for run in &runs {
+            self.uncount(io, *run).await?;
         }
-        Ok(())
+        runs.sort_by_key(|run| std::cmp::Reverse(run.start));
+        self.cut_off(io, &runs).await
+    }
+
+    /// Makes the file end before free clusters at its end. `runs` are free, the last one first.
+    async fn cut_off(&self, io: Io<'_>, runs: &[Run]) -> Result<(), IoError> {
+        let bits = self.geometry.cluster_bits;
+        let file_bytes = io.child(FILE).bytes();
+        let mut end = file_bytes >> bits;
+        for run in runs {
+            if run.start + run.count == end {
+                end = run.start;
+            }
+        }
+        if end << bits >= file_bytes || !file_bytes.is_multiple_of(1 << bits) {
+            return Ok(());
+        }
+        let (off, flags) = (Preallocation::Off, TruncateFlags::empty());
+        match io
+            .child(FILE)
+            .truncate(end << bits, false, off, flags)
+            .await
+        {
+            // A device is as long as it is.
+            Err(IoError::Unsupported | IoError::OutOfRange) => Ok(()),
+            result => result,
+        }
     }
 }

@@ -13,6 +13,8 @@
 //! **Changing** is under the slot's lock. A changed slice is dirty until the committer has written what it
 //! has; a dirty slice is never evicted. A slice that changed again since it was copied stays dirty.
 //!
+//! Modelled: `RUSTFLAGS="--cfg loom" cargo test -p formats --release --lib`.
+//!
 //! Locks, in this order: placement, a slot's, the list of dirty slices. All are held over memory operations
 //! only.
 

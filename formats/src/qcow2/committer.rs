@@ -80,13 +80,18 @@ impl Image {
 
     /// Starts a round where much is dirty, so that there is room when it is needed.
     pub(super) fn commit_if_crowded(&self, io: Io<'_>) {
-        if self.cache.dirty_count() * 2 > self.cache.capacity() {
+        let segment = self.segment.as_ref();
+        let is_crowded = self.cache.dirty_count() * 2 > self.cache.capacity()
+            || segment.is_some_and(|segment| segment.is_crowded());
+        if is_crowded {
             self.commit_behind(io);
         }
     }
 
     async fn round(&self, io: Io<'_>) -> Result<(), IoError> {
         self.check_whole()?;
+        let segment = self.segment.as_ref();
+        let mark = segment.map(|segment| segment.mark());
         let freed = self.limbo.take();
         let copies = self.copies();
         if let Err(error) = self.write_back(io, &copies).await {
@@ -94,6 +99,9 @@ impl Image {
             return Err(error);
         }
         self.settle(&copies);
+        if let (Some(segment), Some(mark)) = (segment, mark) {
+            segment.forget_until(mark);
+        }
         self.release_behind(io, freed);
         Ok(())
     }

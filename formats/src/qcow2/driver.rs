@@ -1,6 +1,7 @@
 //! [`Qcow2Driver`]: the global-state half.
 
 use std::cell::RefCell;
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -8,29 +9,44 @@ use std::sync::atomic::Ordering;
 use blockcore::driver::{
     Activation, BackingName, Driver, Limits, OpenModes, ReopenRequest, Reopened, Role, WriteFlags,
 };
+use blockcore::engine::HostCall;
 use blockcore::io::buffer::Segments;
 use blockcore::io::{Io, RequestKind, Root};
 use blockcore::{Error, ErrorKind, IoError};
 use futures_util::FutureExt;
 use futures_util::future::LocalBoxFuture;
 
-use super::image::{DATA_FILE, FILE, Image};
+use super::image::{DATA_FILE, FILE, Image, RunOptions, write_bytes};
 use super::io::Qcow2Io;
+use super::layout::HostOffset;
 use super::layout::entry::L2Entry;
-use super::layout::header::MAX_BACKING_BYTES;
-use super::open::{Source, open_image};
+use super::layout::header::{Features, MAX_BACKING_BYTES};
+use super::open::{Source, open_image, run_options};
+
+/// Where the autoclear features are in the header.
+const HEADER_AUTOCLEAR: HostOffset = HostOffset(88);
 
 /// See the module's header.
 pub(super) struct Qcow2Driver {
     image: Arc<Image>,
+    runtime_directory: Option<PathBuf>,
     /// What a reopen has prepared.
-    prepared: RefCell<Option<Arc<Image>>>,
+    prepared: RefCell<Option<Prepared>>,
+}
+
+/// What a reopen will have changed.
+enum Prepared {
+    /// Another image: this one was read-only.
+    Image(Arc<Image>),
+    /// What the image goes by.
+    Options(RunOptions),
 }
 
 impl Qcow2Driver {
-    pub(super) fn new(image: &Arc<Image>) -> Self {
+    pub(super) fn new(image: &Arc<Image>, runtime_directory: Option<PathBuf>) -> Self {
         Self {
             image: Arc::clone(image),
+            runtime_directory,
             prepared: RefCell::new(None),
         }
     }
@@ -43,7 +59,9 @@ impl Qcow2Driver {
             return Ok(());
         }
         let finished = self.image.finish(io).await;
-        finished.map_err(|error| failed(io.name(), "write the metadata of", error))
+        finished.map_err(|error| failed(io.name(), "write the metadata of", error))?;
+        let left = self.image.leave_segment(io).await;
+        left.map_err(|error| failed(io.name(), "write the header of", error))
     }
 }
 
@@ -75,19 +93,34 @@ impl Driver for Qcow2Driver {
     ) -> LocalBoxFuture<'_, Result<Reopened, Error>> {
         async move {
             let writes = |modes: OpenModes| !modes.read_only && !modes.inactive;
-            let begins_to_write = writes(request.modes) && !writes(request.modes_before);
-            let changes = begins_to_write || !request.changed().is_empty();
-            if !changes {
+            let (wrote, will_write) = (writes(request.modes_before), writes(request.modes));
+            let changed = request.changed();
+            if wrote {
+                let in_place = |name: &String| name.contains("discard") || name == "lazy-refcounts";
+                if let Some(name) = changed.iter().find(|name| !in_place(name)) {
+                    return Err(Error::unsupported(format!(
+                        "cannot change the option '{name}' of node '{}' while its image is open for writing",
+                        request.node_name
+                    )));
+                }
+                let header = self.image.header().clone();
+                let options =
+                    run_options(&request.options, request.modes, &header, &request.node_name)?;
+                *self.prepared.borrow_mut() = Some(Prepared::Options(options));
                 return Ok(Reopened::default());
             }
-            // What this process keeps of the image has been flushed: it is read anew.
+            if !will_write && changed.is_empty() {
+                return Ok(Reopened::default());
+            }
+            // Nothing of it is kept back: it is read anew.
             let file = request.children[0].as_ref().expect("not optional");
             let source = Source {
                 node: request.node_name.clone(),
                 root: Rc::clone(&file.root),
+                runtime_directory: self.runtime_directory.clone(),
             };
             let image = open_image(&source, &request.options, request.modes).await?;
-            *self.prepared.borrow_mut() = Some(Arc::clone(&image));
+            *self.prepared.borrow_mut() = Some(Prepared::Image(Arc::clone(&image)));
             Ok(Reopened {
                 io: Some(Arc::new(Qcow2Io(image))),
             })
@@ -96,8 +129,10 @@ impl Driver for Qcow2Driver {
     }
 
     fn reopen_commit(&mut self) {
-        if let Some(image) = self.prepared.take() {
-            self.image = image;
+        match self.prepared.take() {
+            Some(Prepared::Image(image)) => self.image = image,
+            Some(Prepared::Options(options)) => self.image.set_options(options),
+            None => {}
         }
     }
 
@@ -218,6 +253,29 @@ impl Image {
         *self.tail() = None;
         self.give_back_reserved(io).await?;
         self.commit(io).await
+    }
+
+    /// Everything is in the image: nothing needs to outlive this process. What is written all the same is
+    /// made durable before it completes.
+    async fn leave_segment(&self, io: Io<'_>) -> Result<(), IoError> {
+        let Some(segment) = &self.segment else {
+            return Ok(());
+        };
+        let autoclear = {
+            let mut header = self.header();
+            header.features.autoclear &= !Features::SEGMENT;
+            header.features.autoclear
+        };
+        write_bytes(io, HEADER_AUTOCLEAR, &autoclear.to_be_bytes()).await?;
+        io.child(FILE).flush().await?;
+        segment.close();
+        let removed = io
+            .context()
+            .host(HostCall::Remove(segment.path().to_owned()));
+        if let Err(error) = removed.await {
+            tracing::warn!("cannot remove '{}': {error}", segment.path().display());
+        }
+        Ok(())
     }
 
     /// Lets go of all that is mapped.

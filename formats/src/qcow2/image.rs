@@ -30,6 +30,7 @@ use super::layout::{Geometry, HostOffset};
 use super::limbo::Limbo;
 use super::overlap::Metadata;
 use super::refcount::Refcounts;
+use super::segment::{CrashSegment, Record};
 use crate::rounds::Rounds;
 
 /// The child that holds the image.
@@ -64,6 +65,8 @@ pub(super) struct Image {
     pub(super) tail: Mutex<Option<Tail>>,
     pub(super) packing: Tracker,
     pub(super) metadata: Metadata,
+    /// Where metadata that is not in the image yet outlives this process; `None`: nowhere.
+    pub(super) segment: Option<Arc<CrashSegment>>,
     pub(super) limbo: Limbo,
     /// Releases of clusters that are under way.
     pub(super) releasing: AtomicU64,
@@ -74,10 +77,10 @@ pub(super) struct Image {
     pub(super) committing: AtomicBool,
     /// The image was found to contradict itself: nothing more is done with it.
     pub(super) broken: AtomicBool,
-    /// A write completes only when a round has made what maps it durable: there is nothing else that
-    /// would outlive this process.
-    pub(super) completes_durable: bool,
-    pub(super) options: RunOptions,
+    /// What completes is to outlive this process. Where nothing else does, a request that changes what is
+    /// mapped waits for a round before it completes.
+    pub(super) must_outlive: bool,
+    pub(super) options: Mutex<RunOptions>,
 }
 
 /// Options that a running image goes by.
@@ -106,10 +109,11 @@ impl L1 {
         self.entries.get(index).copied().unwrap_or_default()
     }
 
-    /// Changes an entry, which is dirty then.
-    pub(super) fn set(&mut self, index: usize, entry: L1Entry) {
+    /// Changes an entry, which is dirty then. Gives where it is in the image.
+    pub(super) fn set(&mut self, index: usize, entry: L1Entry) -> HostOffset {
         self.entries[index] = entry;
         self.dirty.insert(index);
+        HostOffset(self.place.0 + 8 * index as u64)
     }
 }
 
@@ -143,6 +147,22 @@ impl Image {
 
     pub(super) fn header(&self) -> MutexGuard<'_, Header> {
         self.header.lock().expect("no panic while looking")
+    }
+
+    /// Records a change, in the lock under which it is made. Returns false if nothing does.
+    pub(super) fn record(&self, record: Record) -> bool {
+        self.segment
+            .as_ref()
+            .is_some_and(|segment| segment.record(record))
+    }
+
+    pub(super) fn set_options(&self, options: RunOptions) {
+        *self.options.lock().expect("no panic while looking") = options;
+    }
+
+    /// What it goes by now.
+    pub(super) fn options(&self) -> RunOptions {
+        *self.options.lock().expect("no panic while looking")
     }
 
     /// Fails once the image was found to be broken.

@@ -1,5 +1,7 @@
 //! Where bytes of the disk live.
 
+use std::sync::atomic::Ordering;
+
 use blockcore::IoError;
 use blockcore::driver::Mapping;
 use blockcore::io::Io;
@@ -9,6 +11,7 @@ use super::image::{BACKING, Image, TURN_BITS, read_bytes};
 use super::layout::bytes::words;
 use super::layout::entry::{COPIED, CompressedExtent, Kind, L1Entry, L2Entry};
 use super::layout::{Geometry, HostOffset};
+use super::segment::Record;
 
 /// Longest range that is looked at for the path without a task, in clusters.
 const FAST_CLUSTERS: u64 = 64;
@@ -113,7 +116,10 @@ impl Image {
         let end = offset.checked_add(bytes)?;
         let (first, last) = (offset >> g.cluster_bits, (end - 1) >> g.cluster_bits);
         // A child of another format asks without a look at the length.
-        if end > self.bytes() || last - first >= FAST_CLUSTERS {
+        if end > self.bytes()
+            || last - first >= FAST_CLUSTERS
+            || self.broken.load(Ordering::Relaxed)
+        {
             return None;
         }
         let entry = self.cached(first)?;
@@ -358,22 +364,31 @@ impl Image {
 
     /// Changes the entries of `count` clusters from `first` on: `change` gets each cluster with its entry,
     /// and gives the new one. A reader sees each entry as it was or as it is. The caller has a turn for the
-    /// clusters, and their tables are there and belong to this image alone.
+    /// clusters, and their tables are there and belong to this image alone. Returns whether all of it has
+    /// been recorded where it outlives this process.
     pub(super) async fn change_entries(
         &self,
         io: Io<'_>,
         first: u64,
         count: u64,
         mut change: impl FnMut(u64, L2Entry) -> L2Entry,
-    ) -> Result<(), IoError> {
+    ) -> Result<bool, IoError> {
+        let mut recorded = true;
         let mut cluster = first;
         while cluster < first + count {
             let (slice, _) = self.locate(cluster);
             let end = ((slice + 1) * self.slice_entries()).min(first + count);
+            // A table that is this image's alone stays where it is.
+            let host = self.slice_host(slice).ok_or(IoError::Failed)?;
             let done = self.cache.change(slice, |words| {
                 for cluster in cluster..end {
                     let (_, index) = self.locate(cluster);
-                    change_entry(words, index, self.geometry, |entry| change(cluster, entry));
+                    let new =
+                        change_entry(words, index, self.geometry, |entry| change(cluster, entry));
+                    if let Some((word, second)) = new {
+                        let place = HostOffset(host.0 + 8 * index as u64);
+                        recorded &= self.record(Record::L2(place, word, second));
+                    }
                 }
             });
             match done {
@@ -381,16 +396,18 @@ impl Image {
                 None => self.load_slice(io, slice).await?,
             }
         }
-        Ok(())
+        Ok(recorded)
     }
 }
+
+/// Changes an entry among a slice's words; `None` if it is as it was.
 
 fn change_entry(
     words: &mut super::cache::SliceWords<'_>,
     index: usize,
     geometry: Geometry,
     change: impl FnOnce(L2Entry) -> L2Entry,
-) {
+) -> Option<(u64, u64)> {
     let second = match geometry.extended {
         true => words.get(index + 1),
         false => 0,
@@ -403,4 +420,6 @@ fn change_entry(
     if geometry.extended && new.1 != old.1 {
         words.set(index + 1, new.1);
     }
+    let has_changed = new.0 != old.0 || (geometry.extended && new.1 != old.1);
+    has_changed.then_some(new)
 }

@@ -11,12 +11,17 @@
 //! | host clusters: finding, counting, letting go of | `alloc`, `refcount`, `limbo` |
 //! | metadata that nothing may be written over | `overlap` |
 //! | writing metadata back | `committer` |
+//! | what completed survives a kill | `segment`, `replay`, `adopt`, `cookie` |
 //! | making images | `create/` |
+//! | checking and repairing them | `check/` |
 
+mod adopt;
 mod alloc;
 mod cache;
+pub mod check;
 mod committer;
 mod compress;
+mod cookie;
 pub mod create;
 mod driver;
 mod image;
@@ -28,12 +33,15 @@ mod open;
 mod overlap;
 mod read;
 mod refcount;
+mod replay;
 mod resize;
+mod segment;
 mod write;
 mod zero;
 
-use blockcore::driver::{ChildSpec, DriverType, Role};
-use blockcore::options::{OptionKind, OptionSpec};
+use blockcore::Error;
+use blockcore::driver::{ChildSpec, DriverType, NewChild, Role};
+use blockcore::options::{OptionKind, OptionSpec, Options};
 use futures_util::FutureExt;
 
 /// Driver `qcow2`, as registered.
@@ -65,8 +73,18 @@ pub static QCOW2: DriverType = DriverType {
     }),
     open: |request| open::open(request).boxed_local(),
     create: Some(|context, options| create::create(context, options).boxed_local()),
+    create_on: Some(|children, options| make(children, options).boxed_local()),
+    create_options: create::CREATE_OPTIONS,
     ..DriverType::FORMAT
 };
+
+/// Makes an image on its children.
+async fn make(children: Vec<Option<NewChild>>, options: Options) -> Result<(), Error> {
+    let child = |index: usize| children.get(index).and_then(Option::as_ref);
+    let file = child(image::FILE).ok_or_else(|| Error::invalid("an image needs a file"))?;
+    let data_file = child(image::DATA_FILE).map(|data| (&data.root, data.name.as_str()));
+    create::create_on(&file.root, data_file, &options).await
+}
 
 const fn size(name: &'static str, default: &'static str, help: &'static str) -> OptionSpec {
     OptionSpec {

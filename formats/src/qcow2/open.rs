@@ -1,18 +1,20 @@
 //! Opening an image: what it says of itself is checked, and its tables are read.
 
 use std::collections::BTreeSet;
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex};
 
-use blockcore::driver::{OpenModes, OpenRequest, Opened, WriteFlags};
-use blockcore::io::Root;
+use blockcore::driver::{Fix, OpenModes, OpenRequest, Opened, WriteFlags};
 use blockcore::io::buffer::Segments;
 use blockcore::io::tracked::Tracker;
+use blockcore::io::{RequestKind, Root};
 use blockcore::options::Options;
 use blockcore::{Error, ErrorKind, IoError};
 
 use super::OPTIONS;
+use super::adopt;
 use super::alloc::Pools;
 use super::cache::{SliceCache, WAYS};
 use super::driver::Qcow2Driver;
@@ -42,14 +44,18 @@ const LEAST_BLOCKS: u64 = 4;
 const MAX_INACTIVE_BYTES: u64 = 1 << 30;
 
 pub(super) async fn open(request: OpenRequest) -> Result<Opened, Error> {
+    if request.modes.check {
+        return super::check::driver::open(request).await;
+    }
     let file = request.children[0].as_ref().expect("not optional");
     let source = Source {
         node: request.node_name.clone(),
         root: Rc::clone(&file.root),
+        runtime_directory: request.runtime_directory.clone(),
     };
     let image = open_image(&source, &request.options, request.modes).await?;
     Ok(Opened {
-        driver: Box::new(Qcow2Driver::new(&image)),
+        driver: Box::new(Qcow2Driver::new(&image, source.runtime_directory)),
         io: Arc::new(Qcow2Io(image)),
     })
 }
@@ -60,21 +66,23 @@ pub(super) struct Source {
     pub(super) node: String,
     /// The child that holds the image.
     pub(super) root: Rc<Root>,
+    /// Where what completes is kept until it is in the image; `None`: nothing has to outlive this process.
+    pub(super) runtime_directory: Option<PathBuf>,
 }
 
 impl Source {
-    fn corrupt(&self, what: impl std::fmt::Display) -> Error {
+    pub(super) fn corrupt(&self, what: impl std::fmt::Display) -> Error {
         let text = format!("the image of node '{}' is corrupt: {what}", self.node);
         Error::new(ErrorKind::Corrupt, text)
     }
 
-    fn failed(&self, what: &str, error: IoError) -> Error {
+    pub(super) fn failed(&self, what: &str, error: IoError) -> Error {
         let text = format!("cannot {what} the image of node '{}': {error}", self.node);
         Error::new(ErrorKind::Io, text)
     }
 
     /// Reads a part of the file, which has it.
-    async fn read(&self, what: &str, offset: u64, bytes: u64) -> Result<Vec<u8>, Error> {
+    pub(super) async fn read(&self, what: &str, offset: u64, bytes: u64) -> Result<Vec<u8>, Error> {
         let length = self.root.bytes();
         if offset > length || bytes > length - offset {
             return Err(self.corrupt(format!(
@@ -114,10 +122,14 @@ pub(super) async fn open_image(
     let writable = !modes.read_only && !modes.inactive;
     if writable {
         check_writable(source, &header)?;
+        if header.features.incompatible & Features::DIRTY != 0 {
+            repair(source).await?;
+            header = source.header(Purpose::Use).await?;
+        }
     }
     let l1_bytes = 8 * u64::from(header.l1_entries);
     let l1 = source.read("L1 table", header.l1_offset, l1_bytes).await?;
-    let l1: Vec<_> = words(&l1).map(L1Entry).collect();
+    let mut l1: Vec<_> = words(&l1).map(L1Entry).collect();
     let table = source
         .read(
             "refcount table",
@@ -125,7 +137,11 @@ pub(super) async fn open_image(
             header.refcount_table_bytes(),
         )
         .await?;
-    let table: Vec<u64> = words(&table).collect();
+    let mut table: Vec<u64> = words(&table).collect();
+    let mut segment = None;
+    if writable {
+        segment = adopt::adopt(source, &mut header, &mut l1, &mut table).await?;
+    }
     let metadata = Metadata::new(geometry);
     mark_active(&metadata, &header, &l1, &table);
     if writable {
@@ -133,23 +149,7 @@ pub(super) async fn open_image(
         clear_features(source, &mut header).await?;
     }
     let sizes = CacheSizes::new(options, geometry, header.bytes, &source.node)?;
-    let pass = |name: &str, default: bool| match options.get(name) {
-        None | Some("") => default,
-        Some(_) => options.bool(OPTIONS, name),
-    };
-    let run_options = RunOptions {
-        pass_discard_request: pass("pass-discard-request", modes.unmap),
-        pass_discard_snapshot: pass("pass-discard-snapshot", true),
-        pass_discard_other: pass("pass-discard-other", false),
-        discard_no_unref: pass("discard-no-unref", false),
-    };
-    if run_options.discard_no_unref && header.version < 3 {
-        return Err(Error::invalid(format!(
-            "node '{}' cannot have 'discard-no-unref=on': its image has version 2, which has no way to say \
-             that a cluster with a place reads as zeroes",
-            source.node
-        )));
-    }
+    let run_options = run_options(options, modes, &header, &source.node)?;
     let place = HostOffset(header.refcount_table_offset);
     Ok(Arc::new_cyclic(|this| Image {
         this: this.clone(),
@@ -162,7 +162,13 @@ pub(super) async fn open_image(
         }),
         cache: SliceCache::new(sizes.slice_bytes as usize / 8, sizes.slices),
         loads: Tracker::default(),
-        refcounts: Refcounts::new(geometry, place, table, sizes.blocks as usize),
+        refcounts: Refcounts::new(
+            geometry,
+            place,
+            table,
+            sizes.blocks as usize,
+            segment.clone(),
+        ),
         pools: Mutex::new(Pools::default()),
         first_free: AtomicU64::new(0),
         reserving: Tracker::default(),
@@ -176,34 +182,73 @@ pub(super) async fn open_image(
         rounds: Rounds::default(),
         committing: AtomicBool::new(false),
         broken: AtomicBool::new(false),
-        completes_durable: false,
-        options: run_options,
+        segment,
+        must_outlive: writable && source.runtime_directory.is_some(),
+        options: Mutex::new(run_options),
         header: Mutex::new(header),
     }))
 }
 
+/// What options say of a running image.
+pub(super) fn run_options(
+    options: &Options,
+    modes: OpenModes,
+    header: &Header,
+    node: &str,
+) -> Result<RunOptions, Error> {
+    let pass = |name: &str, default: bool| match options.get(name) {
+        None | Some("") => default,
+        Some(_) => options.bool(OPTIONS, name),
+    };
+    let run_options = RunOptions {
+        pass_discard_request: pass("pass-discard-request", modes.unmap),
+        pass_discard_snapshot: pass("pass-discard-snapshot", true),
+        pass_discard_other: pass("pass-discard-other", false),
+        discard_no_unref: pass("discard-no-unref", false),
+    };
+    if run_options.discard_no_unref && header.version < 3 {
+        return Err(Error::invalid(format!(
+            "node '{node}' cannot have 'discard-no-unref=on': its image has version 2, which has no way to \
+             say that a cluster with a place reads as zeroes"
+        )));
+    }
+    Ok(run_options)
+}
+
 fn check_writable(source: &Source, header: &Header) -> Result<(), Error> {
-    let node = &source.node;
-    let features = header.features.incompatible;
-    if features & Features::CORRUPT != 0 {
+    if header.features.incompatible & Features::CORRUPT != 0 {
         return Err(source.corrupt(
             "it was marked so when its metadata was found to be wrong; open it read-only, or repair it \
              with 'stonework img check -r all'",
         ));
     }
-    if features & Features::DIRTY != 0 {
-        return Err(Error::unsupported(format!(
-            "the image of node '{node}' was not closed in order and its reference counts may be wrong; \
-             repair it with 'stonework img check -r all'"
-        )));
+    Ok(())
+}
+
+/// Counts references anew, in an image whose last writer was killed and had left counts for later.
+async fn repair(source: &Source) -> Result<(), Error> {
+    let request = source.root.enter(RequestKind::Other, 0, 0).await;
+    let node = &source.node;
+    tracing::info!(
+        "image of node '{node}' was not closed in order: its reference counts are repaired"
+    );
+    let mut log = |what: &str| tracing::info!("image of node '{node}': {what}");
+    let checked = super::check::check(request.io(), Fix::All, &mut log).await;
+    let report = checked.map_err(|error| {
+        let text =
+            format!("cannot repair the image of node '{node}', which was not closed in order");
+        Error::new(error.kind(), format!("{text}: {error}"))
+    })?;
+    if report.check_errors > 0 || report.corruptions > report.corruptions_fixed {
+        return Err(source.corrupt("it was not closed in order, and not all of it can be repaired"));
     }
     Ok(())
 }
 
 /// What is not up to date any more when we write says so no longer. On disk before anything else is.
 async fn clear_features(source: &Source, header: &mut Header) -> Result<(), Error> {
-    // Bitmaps are not kept up to date, and nothing outlives this process.
-    let stale = header.unknown_autoclear() | Features::BITMAPS | Features::SEGMENT;
+    // Bitmaps are not kept up to date.
+    let stale = header.unknown_autoclear() | Features::BITMAPS;
     if header.version < 3 || header.features.autoclear & stale == 0 {
         return Ok(());
     }

@@ -7,9 +7,10 @@
 //! Threads: any worker. One lock, held over memory operations only.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::layout::{Geometry, HostOffset, refcount, set_refcount};
+use super::segment::{CrashSegment, Record};
 
 /// A cluster of the image's file, by number.
 pub(crate) type ClusterNumber = u64;
@@ -25,6 +26,8 @@ pub(crate) struct Refcounts {
     geometry: Geometry,
     /// How many clean blocks are kept.
     kept_blocks: usize,
+    /// Where changes are recorded before anybody relies on them.
+    segment: Option<Arc<CrashSegment>>,
     inner: Mutex<Inner>,
 }
 
@@ -96,10 +99,12 @@ impl Refcounts {
         place: HostOffset,
         table: Vec<u64>,
         kept_blocks: usize,
+        segment: Option<Arc<CrashSegment>>,
     ) -> Self {
         Self {
             geometry,
             kept_blocks: kept_blocks.max(4),
+            segment,
             inner: Mutex::new(Inner {
                 place,
                 table,
@@ -171,6 +176,7 @@ impl Refcounts {
         };
         set_refcount(&mut block.counts, order, index, after);
         block.changed = Some(clock + 1);
+        self.record(Record::Count(cluster, after));
         Ok(Ok(after))
     }
 
@@ -223,6 +229,7 @@ impl Refcounts {
             set_refcount(&mut block.counts, order, index, 1);
         }
         block.changed = Some(clock + 1);
+        self.record(Record::Taken(run));
         Ok(true)
     }
 
@@ -238,19 +245,15 @@ impl Refcounts {
         });
     }
 
-    /// A new block, which lies at `place` and is dirty, as is its entry in the table. Counts of 1 for the
-    /// clusters of the block that `taken` names.
+    /// A new block, which lies at `place` and is dirty, as is its entry in the table. Its first cluster, which
+    /// is itself, counts as 1.
     ///
     /// # Panics
     ///
     /// If the table has no room for it: see [`capacity`](Self::capacity).
-    pub(crate) fn make(&self, number: BlockNumber, place: HostOffset, taken: &[ClusterNumber]) {
-        let geometry = self.geometry;
-        let mut counts = vec![0; geometry.cluster_bytes() as usize];
-        for cluster in taken {
-            let index = (cluster % geometry.block_counts()) as usize;
-            set_refcount(&mut counts, geometry.refcount_order, index, 1);
-        }
+    pub(crate) fn make(&self, number: BlockNumber, place: HostOffset) {
+        let mut counts = vec![0; self.geometry.cluster_bytes() as usize];
+        set_refcount(&mut counts, self.geometry.refcount_order, 0, 1);
         let mut inner = self.lock();
         let used = inner.tick();
         inner.table[number as usize] = place.0;
@@ -261,6 +264,15 @@ impl Refcounts {
             used,
         };
         inner.blocks.insert(number, block);
+        self.record(Record::Block(number, place));
+    }
+
+    /// In the lock. Where there is no room, whoever completes a request that rests on this waits for a
+    /// round.
+    fn record(&self, record: Record) {
+        if let Some(segment) = &self.segment {
+            segment.record(record);
+        }
     }
 
     /// Another table takes the place of the one there is, and is in the image already.
@@ -380,7 +392,13 @@ mod tests {
 
     fn counts() -> Refcounts {
         // 256 counts to a block; block 0 at 0x400, block 1 at 0x600, no other.
-        let refcounts = Refcounts::new(GEOMETRY, HostOffset(0x200), vec![0x400, 0x600, 0, 0], 4);
+        let refcounts = Refcounts::new(
+            GEOMETRY,
+            HostOffset(0x200),
+            vec![0x400, 0x600, 0, 0],
+            4,
+            None,
+        );
         refcounts.install(0, vec![0; 512]);
         refcounts
     }
@@ -435,7 +453,7 @@ mod tests {
     #[test]
     fn a_block_is_clean_once_its_last_change_was_written() {
         let refcounts = counts();
-        refcounts.make(2, HostOffset(0x4_0000), &[512]);
+        refcounts.make(2, HostOffset(0x4_0000));
         assert_eq!(refcounts.get(512), Ok(1));
         let (blocks, table) = refcounts.copy_dirty();
         assert_eq!(blocks[0].place, HostOffset(0x4_0000));
@@ -452,7 +470,7 @@ mod tests {
     #[test]
     fn clean_blocks_go_when_there_are_too_many() {
         let table = (1..=20).map(|n| n * 512).collect();
-        let refcounts = Refcounts::new(GEOMETRY, HostOffset(0x200), table, 4);
+        let refcounts = Refcounts::new(GEOMETRY, HostOffset(0x200), table, 4, None);
         refcounts.install(0, vec![0; 512]);
         refcounts.add(0, 1).unwrap().unwrap();
         for block in 1..20 {

@@ -225,6 +225,8 @@ impl Image {
         if needed * 8 > MAX_L1_BYTES {
             return Err(IoError::OutOfRange);
         }
+        // No entry is changed meanwhile.
+        let _turn = self.tables.begin(0, u64::MAX >> 1, true).await;
         // What the old one does not have yet is in the image before the new one takes its place.
         self.commit(io).await?;
         let clusters = g.clusters(needed * 8);

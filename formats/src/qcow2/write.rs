@@ -12,6 +12,7 @@ use super::layout::entry::{Kind, L1Entry, L2Entry};
 use super::layout::{Geometry, HostOffset};
 use super::limbo::{Cause, Freed};
 use super::mapping::Extent;
+use super::segment::Record;
 
 /// Longest range for which clusters are allocated at once.
 const RUN_BYTES: u64 = 4 << 20;
@@ -114,11 +115,13 @@ impl Image {
             return Ok(());
         }
         if !self.metadata.overlaps(host, bytes) {
-            if host.0 < io.child(FILE).bytes() {
+            // An image's last clusters may not have been written to their ends, or not at all.
+            let inside = self.geometry.cluster_start(host.0) < io.child(FILE).bytes();
+            if inside || self.count(io, host.0 >> self.geometry.cluster_bits).await? > 0 {
                 return Ok(());
             }
             let message = format!(
-                "an L2 entry points to offset {:#x}, past the end of the image's file",
+                "an L2 entry points to offset {:#x}, past the end of the image's file, where nothing counts",
                 host.0
             );
             return Err(self.corrupt(io, message, (host, bytes), true).await);
@@ -352,9 +355,9 @@ impl Image {
                 self.free(io, freed);
             }
         }
-        changed?;
+        let recorded = changed?;
         self.commit_if_crowded(io);
-        if self.completes_durable {
+        if self.must_outlive && !recorded {
             return self.commit(io).await;
         }
         Ok(())
@@ -394,7 +397,13 @@ impl Image {
             return Err(self.corrupt(io, message, (host, cluster), true).await);
         }
         self.metadata.add(host, cluster);
-        self.l1().set(l1_index, L1Entry::new(host));
+        {
+            let mut l1 = self.l1();
+            let entry = L1Entry::new(host);
+            let place = l1.set(l1_index, entry);
+            // Where it cannot be recorded, neither can the entries that follow, and their requests wait.
+            self.record(Record::L1(place, entry.0));
+        }
         if let Some(old) = old {
             let slices = self.slices_of(l1_index);
             self.cache.forget(|slice| slices.contains(&slice));

@@ -129,7 +129,7 @@ impl Image {
             Change::Zero => Cause::Other,
             Change::ZeroAndFree | Change::Discard => Cause::Request,
         };
-        let keep = self.options.discard_no_unref;
+        let keep = self.options().discard_no_unref;
         self.publish_for(io, first, last - first, cause, |cluster, old| {
             let start = begin.max(cluster << g.cluster_bits);
             let until = end.min((cluster + 1) << g.cluster_bits) - 1;
@@ -148,7 +148,8 @@ impl Image {
             }
         })
         .await?;
-        if self.geometry.data_file && change != Change::Zero && self.options.pass_discard_request {
+        if self.geometry.data_file && change != Change::Zero && self.options().pass_discard_request
+        {
             let data = io.child(self.data_child());
             let bytes = end.min(data.bytes()).saturating_sub(begin);
             if bytes > 0 {

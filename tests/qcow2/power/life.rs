@@ -370,10 +370,7 @@ impl Life {
             true => drop(disk.history().begin_write(0, bytes, before - bytes)),
             false => disk.history().set_bytes(bytes),
         }
-        let resized = self
-            .control
-            .resize("disk", bytes, Preallocation::Off)
-            .await;
+        let resized = self.control.resize("disk", bytes, Preallocation::Off).await;
         disk.count(|totals| &mut totals.resizes);
         match resized {
             Ok(()) => {

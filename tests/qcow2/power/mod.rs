@@ -55,10 +55,7 @@ fn images_are_whole_after_every_power_cut_and_hold_what_was_flushed() {
     });
     let (wrong, leaking) = judge.settle();
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
-    eprintln!(
-        "{} distinct states, {leaking} with leaks",
-        judge.distinct()
-    );
+    eprintln!("{} distinct states, {leaking} with leaks", judge.distinct());
     if let Some(totals) = totals {
         totals.check();
         assert!(judge.distinct() > 20_000, "{}", judge.distinct());
@@ -183,7 +180,9 @@ impl Test<'_> {
         let unsynced = self.simulation.unsynced(path("image"));
         let uncertain = unsynced.iter().filter(|(offset, bytes)| {
             let (begin, end) = (*offset as usize, (offset + bytes) as usize);
-            metadata.iter().any(|piece| piece.0 < end && begin < piece.1)
+            metadata
+                .iter()
+                .any(|piece| piece.0 < end && begin < piece.1)
         });
         let states = match uncertain.count() {
             0 => 1,

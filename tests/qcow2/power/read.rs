@@ -1,7 +1,7 @@
 //! Reading an image that nobody has open, on a host of its own.
 
 use blockcore::Error;
-use blockcore::engine::sim::{FileProperties, Faults, Simulation};
+use blockcore::engine::sim::{Faults, FileProperties, Simulation};
 use blockcore::graph::{Control, Graph, RootSpec};
 use blockcore::io::buffer::Segments;
 use blockcore::options::Options;

@@ -556,7 +556,9 @@ impl State {
                 // No power cut comes between two parts of a sector.
                 true => {
                     let end = (offset + less) / unit.max(SECTOR_BYTES) * unit.max(SECTOR_BYTES);
-                    end.checked_sub(offset).filter(|less| *less > 0).unwrap_or(bytes)
+                    end.checked_sub(offset)
+                        .filter(|less| *less > 0)
+                        .unwrap_or(bytes)
                 }
             };
         }
@@ -617,6 +619,7 @@ impl State {
     fn begin_call(&mut self, call: HostCall, waiter: Rc<CallWaiter>) {
         let description = match &call {
             HostCall::Open(..)
+            | HostCall::OpenSegment { .. }
             | HostCall::Remove(_)
             | HostCall::Canonical(_)
             | HostCall::Rename(..)

@@ -9,11 +9,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use super::contents::{BLOCK_BYTES, Change, Contents};
 use super::random::Random;
 use crate::engine::{
     Allocate, Errno, FileKind, FileType, HostCall, HostReply, Metadata, OpenFile, OpenOptions,
+    Segment, segment,
 };
 
 /// Most that one copy by the host moves.
@@ -77,6 +79,8 @@ pub(super) struct Host {
     durable_names: BTreeMap<PathBuf, u64>,
     files: BTreeMap<u64, File>,
     descriptions: BTreeMap<u64, Description>,
+    /// Shared memory that outlives processes, and not the host.
+    segments: BTreeMap<PathBuf, Arc<[AtomicU64]>>,
     /// By inode, byte and description: whether it is exclusive.
     locks: BTreeMap<(u64, u64, u64), bool>,
     /// How much space all regular files have together, in blocks; none for as much as they like.
@@ -146,7 +150,10 @@ impl Host {
 
     /// Gives a file that was just made its bytes, durable at once.
     pub(super) fn fill(&mut self, path: &Path, bytes: &[u8]) {
-        let file = self.names.get(path).and_then(|inode| self.files.get_mut(inode));
+        let file = self
+            .names
+            .get(path)
+            .and_then(|inode| self.files.get_mut(inode));
         let file = file.expect("just made");
         file.cache.apply(&Change::Write {
             offset: 0,
@@ -496,6 +503,11 @@ impl Host {
                 self.description(file)?;
                 Err(Errno::OPNOTSUPP)
             }
+            HostCall::OpenSegment { path, bytes } => self.open_segment(path, *bytes),
+            HostCall::Remove(path) if self.segments.contains_key(path) => {
+                self.segments.remove(path);
+                Ok(HostReply::Done)
+            }
             HostCall::Remove(path) => {
                 self.names.remove(path).ok_or(Errno::NOENT)?;
                 self.forget_unreachable();
@@ -551,6 +563,7 @@ impl Host {
     pub(super) fn power_cut(&mut self, random: &mut Random) {
         self.descriptions.clear();
         self.locks.clear();
+        self.segments.clear();
         for file in self.files.values_mut() {
             for logged in file.log.drain(..) {
                 file.durable.apply_torn(&logged.change, random);
@@ -576,6 +589,26 @@ impl Host {
         }
         self.names = self.durable_names.clone();
         self.forget_unreachable();
+    }
+
+    fn open_segment(&mut self, path: &Path, bytes: u64) -> Result<HostReply, Errno> {
+        let words = segment::words(bytes)?;
+        let existed = self.segments.contains_key(path);
+        let zeroes = || (0..words).map(|_| AtomicU64::new(0)).collect();
+        let kept = self.segments.entry(path.to_owned()).or_insert_with(zeroes);
+        if kept.len() != words {
+            return Err(Segment::OTHER_LENGTH);
+        }
+        Ok(HostReply::Segment {
+            segment: Segment::simulated(Arc::clone(kept)),
+            existed,
+        })
+    }
+
+    /// The shared memory at a path.
+    pub(super) fn segment(&self, path: &Path) -> Option<Arc<Segment>> {
+        let words = self.segments.get(path)?;
+        Some(Segment::simulated(Arc::clone(words)))
     }
 
     fn open(&mut self, path: &Path, options: &OpenOptions) -> Result<Arc<OpenFile>, Errno> {

@@ -40,7 +40,7 @@ use self::contents::BLOCK_BYTES;
 use self::engine::{Aftermath, Due, EngineState, Running, RunningCall};
 use self::host::Host;
 use self::run::Actor;
-use super::Work;
+use super::{Segment, Work};
 
 /// What goes wrong, and how often. The default is a host without faults whose operations take a
 /// while, end in any order and are torn against each other.
@@ -177,6 +177,11 @@ impl Simulation {
     /// What a read of the whole file through the page cache gives now; `None` if there is no file.
     pub fn contents(&self, path: impl AsRef<Path>) -> Option<Vec<u8>> {
         self.state.borrow().host.contents(path.as_ref())
+    }
+
+    /// The shared memory that a process has left at `path`, or has open; `None` if there is none.
+    pub fn segment(&self, path: impl AsRef<Path>) -> Option<Arc<Segment>> {
+        self.state.borrow().host.segment(path.as_ref())
     }
 
     /// What a [`power_cut`](Self::power_cut) now could leave of a file, one of many possibilities; `None`

@@ -718,3 +718,40 @@ fn offloaded_work_is_done_in_place_after_a_while_and_not_by_a_process_that_was_k
     assert!(!done.load(std::sync::atomic::Ordering::Relaxed));
     assert_eq!(Arc::strong_count(&done), 1);
 }
+
+#[test]
+fn shared_memory_survives_a_kill_and_no_power_cut() {
+    use std::sync::atomic::Ordering;
+
+    const SEGMENT: &str = "/run/disk";
+    let open_segment = |bytes| HostCall::OpenSegment {
+        path: SEGMENT.into(),
+        bytes,
+    };
+    let (simulation, worker) = machine(6, 0);
+    let open = |worker: &Worker| match call(&simulation, worker, open_segment(4096)) {
+        Ok(HostReply::Segment { segment, existed }) => (segment, existed),
+        other => panic!("{other:?}"),
+    };
+    let (segment, existed) = open(&worker);
+    assert_eq!((segment.words().len(), existed), (512, false));
+    segment.words()[511].store(7, Ordering::Relaxed);
+    let refused = call(&simulation, &worker, open_segment(8192));
+    assert_eq!(refused.unwrap_err(), Segment::OTHER_LENGTH);
+
+    simulation.kill();
+    let worker = simulation.worker();
+    let (segment, existed) = open(&worker);
+    assert!(existed);
+    assert_eq!(segment.words()[511].load(Ordering::Relaxed), 7);
+    assert!(simulation.segment(SEGMENT).is_some());
+
+    simulation.power_cut();
+    assert!(simulation.segment(SEGMENT).is_none());
+    let worker = simulation.worker();
+    let (segment, existed) = open(&worker);
+    assert!(!existed);
+    assert_eq!(segment.words()[511].load(Ordering::Relaxed), 0);
+    call(&simulation, &worker, HostCall::Remove(SEGMENT.into())).unwrap();
+    assert!(simulation.segment(SEGMENT).is_none());
+}

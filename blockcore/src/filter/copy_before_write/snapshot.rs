@@ -40,6 +40,7 @@ use crate::driver::{SnapshotIo, Status, StatusFlags, WriteFlags, ZeroFlags};
 use crate::io::buffer::Segments;
 use crate::io::tracked::{Tracked, Tracker};
 use crate::io::{Io, IoFuture, align};
+use crate::node::Notice;
 
 /// Longest piece that is copied or read at once: it is memory, and it is what others wait for.
 const PIECE_BYTES: u64 = 1 << 20;
@@ -235,6 +236,8 @@ impl Snapshot {
     fn give_up(&self, io: Io<'_>, error: IoError) {
         if !self.broken.swap(true, Ordering::SeqCst) {
             tracing::warn!(node = io.name(), %error, "the snapshot is lost: something could not be copied");
+            let node = Arc::clone(io.state().name());
+            io.state().notify(Notice::SnapshotLost { node, error });
         }
         self.given_up.notify(usize::MAX);
     }

@@ -13,6 +13,7 @@ use crate::drain::Scope;
 use crate::engine::sim::{Random, Simulation, Worker};
 use crate::graph::{Control, Graph, RootId, RootSpec};
 use crate::io::Root;
+use crate::node::Notice;
 use crate::options::Options;
 use crate::{ErrorKind, IoError};
 
@@ -371,6 +372,13 @@ fn an_error_breaks_the_snapshot_for_good_and_no_write_of_the_guest() {
     assert_eq!(process.write(1, 4096, 4096), Ok(()));
     *process.target.fails.lock().unwrap() = None;
     assert_eq!(process.write(1, 2 * CLUSTER, 4096), Ok(()));
+    let mut notices = process.control.take_notices();
+    notices.retain(|notice| matches!(notice, Notice::SnapshotLost { .. }));
+    let lost = Notice::SnapshotLost {
+        node: "cbw".into(),
+        error: IoError::Failed,
+    };
+    assert_eq!(notices, [lost]);
     let seen = process.run(async move {
         let status = reader.enter(crate::io::RequestKind::Other, 0, 0).await;
         (

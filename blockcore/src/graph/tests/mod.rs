@@ -3,6 +3,7 @@
 mod chain;
 mod change;
 mod drain;
+mod image;
 mod named;
 mod permissions;
 mod pipeline;
@@ -29,7 +30,7 @@ use crate::engine::sim::{Simulation, Worker};
 use crate::io::buffer::Segments;
 use crate::io::{Io, IoContext, IoFuture, Root};
 use crate::options::{OptionKind, OptionSpec, Options};
-use crate::{Error, IoError};
+use crate::{Error, ErrorKind, IoError};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -385,14 +386,16 @@ impl Driver for MemoryDriver {
         _: Permissions,
     ) -> LocalBoxFuture<'_, Result<Reopened, Error>> {
         log(format!("{} permissions prepare", self.noting.0));
-        let refused = self.refuse == "write" && needs.contains(Permissions::WRITE);
-        async move {
-            match refused {
-                true => Err(Error::busy("another process writes to it")),
-                false => Ok(Reopened::default()),
-            }
-        }
-        .boxed_local()
+        let writes = needs.contains(Permissions::WRITE);
+        let answer = match &*self.refuse {
+            "write" if writes => Err(Error::busy("another process writes to it")),
+            "deny" if writes => Err(Error::new(
+                ErrorKind::PermissionDenied,
+                "nobody may write to it",
+            )),
+            _ => Ok(Reopened::default()),
+        };
+        async move { answer }.boxed_local()
     }
 
     fn commit_permissions(&mut self) {

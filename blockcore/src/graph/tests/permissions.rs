@@ -210,3 +210,27 @@ fn a_write_without_the_right_to_resize_does_not_make_the_node_longer() {
     assert_eq!(bench.write(&root, 4096, 512, 1), Err(IoError::OutOfRange));
     assert_eq!(root.bytes(), 4096);
 }
+
+#[test]
+fn with_auto_read_only_a_format_in_what_nobody_may_write_is_there_for_reading() {
+    let bench = Bench::new();
+    let text = |more: &str| {
+        format!("driver=layer,node-name=disk{more},file.driver=memory,file.refuse=deny")
+    };
+    let denied = bench.try_add(&text("")).unwrap_err();
+    assert_eq!(denied.kind(), ErrorKind::PermissionDenied);
+    bench.add(&text(",auto-read-only=on"));
+    let modes = bench.control.read(|graph| graph.modes(bench.id("disk")));
+    assert!(modes.read_only && modes.auto_read_only);
+    let root = bench.root("disk", reader());
+    assert!(bench.read(&root, 0, 512).is_ok());
+    let denied = bench.try_root("disk", writer()).unwrap_err();
+    assert_eq!(denied.kind(), ErrorKind::PermissionDenied);
+
+    // Somebody else has it: that may pass, and reading is not what was asked for.
+    let bench = Bench::new();
+    let busy = bench.try_add(
+        "driver=layer,node-name=disk,auto-read-only=on,file.driver=memory,file.refuse=write",
+    );
+    assert_eq!(busy.unwrap_err().kind(), ErrorKind::Busy);
+}

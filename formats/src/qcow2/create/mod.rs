@@ -1,8 +1,8 @@
 //! Making images.
 //!
-//! What an image is to be ([`Spec`], `spec`) decides where everything in it lies (`plan`, pure). All of that
-//! is written and made durable before the header: until then the file is no image, and afterwards it is a
-//! whole one.
+//! What an image is to be (`spec`) decides where everything in it lies (`plan`, pure). All of that
+//! is written and made durable before the header's first sector: until then the file is no image, and
+//! afterwards it is a whole one.
 //!
 //! An image is made in files that are made with it, from options alone ([`create`]), or on nodes that
 //! there are ([`create_on`]).

@@ -12,6 +12,9 @@ use crate::qcow2::layout::entry::{L1Entry, L2Entry};
 use crate::qcow2::layout::header::{Header, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES};
 use crate::qcow2::layout::{Geometry, HostOffset, set_refcount};
 
+/// What a disk writes whole or not at all.
+const SECTOR_BYTES: usize = 512;
+
 /// See the module's header. All in clusters.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Plan {
@@ -138,8 +141,14 @@ impl Plan {
         if self.data > 0 {
             target.zero(metadata, end.min(before)).await?;
         }
+        // The rest of the header's cluster first: a sector is written whole or not at all, and the first
+        // makes the file an image.
+        let (first, rest) = header.split_at(SECTOR_BYTES);
+        if !rest.is_empty() {
+            target.write(SECTOR_BYTES as u64, rest).await?;
+        }
         target.sync().await?;
-        target.write(0, &header).await?;
+        target.write(0, first).await?;
         target.sync().await
     }
 

@@ -170,11 +170,25 @@ impl Bitmap {
 
     /// Whether this program may use and change it: nothing is attached that it does not know and may not
     /// ignore.
+    #[cfg_attr(
+        not(test),
+        expect(dead_code, reason = "bitmaps are read, and not kept yet")
+    )]
     pub(crate) fn is_known(&self) -> bool {
         self.extra.is_empty() || self.flags & Self::EXTRA_COMPATIBLE != 0
     }
 
+    /// Bytes of its entry in a directory.
+    pub(crate) fn entry_bytes(&self) -> u64 {
+        let bytes = HEAD_BYTES + self.extra.len() + self.name.len();
+        bytes.next_multiple_of(8) as u64
+    }
+
     /// The directory of these bitmaps.
+    #[cfg_attr(
+        not(test),
+        expect(dead_code, reason = "bitmaps are read, and not kept yet")
+    )]
     pub(crate) fn serialise_directory(bitmaps: &[Self]) -> Vec<u8> {
         let mut bytes = Vec::new();
         for bitmap in bitmaps {
@@ -231,6 +245,10 @@ impl BitmapCluster {
     }
 
     /// The entry that says this.
+    #[cfg_attr(
+        not(test),
+        expect(dead_code, reason = "bitmaps are read, and not kept yet")
+    )]
     pub(crate) fn serialise(self) -> u64 {
         match self {
             Self::Zeroes => 0,

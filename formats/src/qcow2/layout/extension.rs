@@ -153,17 +153,25 @@ pub(crate) struct Context {
 pub(crate) fn find_names(bytes: &[u8]) -> Vec<FeatureName> {
     let mut names = Vec::new();
     let mut rest = bytes;
-    while let Ok(Some((kind, data, next))) = next_extension(rest) {
-        if kind == FEATURE_NAMES {
-            names.extend(parse_names(data));
+    while let Ok(Some(found)) = next_extension(rest) {
+        if found.kind == FEATURE_NAMES {
+            names.extend(parse_names(found.data));
         }
-        rest = next;
+        rest = found.rest;
     }
     names
 }
 
-/// The first extension: kind, data, and what follows it. `None` at the end.
-fn next_extension(bytes: &[u8]) -> Result<Option<(u32, &[u8], &[u8])>, Error> {
+/// One extension among others.
+struct Found<'a> {
+    kind: u32,
+    data: &'a [u8],
+    /// What follows it.
+    rest: &'a [u8],
+}
+
+/// The first extension; `None` at the end.
+fn next_extension(bytes: &[u8]) -> Result<Option<Found<'_>>, Error> {
     if bytes.len() < HEAD_BYTES {
         return Ok(None);
     }
@@ -180,7 +188,11 @@ fn next_extension(bytes: &[u8]) -> Result<Option<(u32, &[u8], &[u8])>, Error> {
         )));
     }
     let next = length.next_multiple_of(8).min(rest.len());
-    Ok(Some((kind, &rest[..length], &rest[next..])))
+    Ok(Some(Found {
+        kind,
+        data: &rest[..length],
+        rest: &rest[next..],
+    }))
 }
 
 fn parse_names(data: &[u8]) -> impl Iterator<Item = FeatureName> + '_ {
@@ -211,13 +223,13 @@ impl Extensions {
     /// [`ErrorKind::Corrupt`] for one that is longer than there is room or than it may be, or says what
     /// cannot be.
     pub(crate) fn parse(bytes: &[u8], context: Context) -> Result<Self, Error> {
-        let mut found = Self::default();
+        let mut extensions = Self::default();
         let mut rest = bytes;
-        while let Some((kind, data, next)) = next_extension(rest)? {
-            found.add(kind, data, context)?;
-            rest = next;
+        while let Some(found) = next_extension(rest)? {
+            extensions.add(found.kind, found.data, context)?;
+            rest = found.rest;
         }
-        Ok(found)
+        Ok(extensions)
     }
 
     fn add(&mut self, kind: u32, data: &[u8], context: Context) -> Result<(), Error> {
@@ -366,6 +378,7 @@ fn text(data: &[u8], what: &str) -> Result<String, Error> {
     Ok(text.to_owned())
 }
 
-pub(super) fn corrupt(message: impl Into<String>) -> Error {
+/// An image contradicts its format.
+pub(crate) fn corrupt(message: impl Into<String>) -> Error {
     Error::new(ErrorKind::Corrupt, message)
 }

@@ -42,10 +42,10 @@ pub(crate) struct Snapshot {
     pub(crate) l1_offset: u64,
     /// Entries of that.
     pub(crate) l1_entries: u32,
-    /// What tells it from the others: a number in text.
-    pub(crate) id: String,
+    /// What tells it from the others: a number in text. Any bytes are possible, as in the name.
+    pub(crate) id: Vec<u8>,
     /// What a person calls it; not necessarily the only one called so.
-    pub(crate) name: String,
+    pub(crate) name: Vec<u8>,
     /// When it was made, in seconds since 1970.
     pub(crate) date_seconds: u32,
     /// The rest of a second.
@@ -96,25 +96,14 @@ impl SnapshotHead {
     }
 
     /// The snapshot, with its extra data (or the first [`MAX_EXTRA_BYTES`] of it) and its names.
-    ///
-    /// # Errors
-    ///
-    /// [`ErrorKind::Unsupported`] for names that are not UTF-8.
-    pub(crate) fn with(self, extra: &[u8], names: &[u8]) -> Result<Snapshot, Error> {
+    pub(crate) fn with(self, extra: &[u8], names: &[u8]) -> Snapshot {
         let known = |at: usize| (extra.len() >= at + 8).then(|| u64_at(extra, at));
         let (id, name) = names.split_at(usize::from(self.id_bytes).min(names.len()));
-        let text = |bytes: &[u8]| {
-            String::from_utf8(bytes.to_owned()).map_err(|_| {
-                let shown = String::from_utf8_lossy(bytes);
-                let message = format!("the name '{shown}' of a snapshot is not valid UTF-8");
-                Error::new(ErrorKind::Unsupported, message)
-            })
-        };
-        Ok(Snapshot {
+        Snapshot {
             l1_offset: self.l1_offset,
             l1_entries: self.l1_entries,
-            id: text(id)?,
-            name: text(name)?,
+            id: id.to_owned(),
+            name: name.to_owned(),
             date_seconds: self.date_seconds,
             date_nanoseconds: self.date_nanoseconds,
             vm_clock_nanoseconds: self.vm_clock_nanoseconds,
@@ -124,7 +113,7 @@ impl SnapshotHead {
             icount: known(16).filter(|count| *count != u64::MAX),
             extra: extra.get(KNOWN_EXTRA_BYTES..).unwrap_or(&[]).to_owned(),
             extra_bytes: self.extra_bytes,
-        })
+        }
     }
 }
 
@@ -134,7 +123,7 @@ impl Snapshot {
     /// # Errors
     ///
     /// [`ErrorKind::Corrupt`] if the table does not end where `bytes` does or earlier, or has more extra
-    /// data than may be; [`ErrorKind::Unsupported`] as [`SnapshotHead::with`].
+    /// data than may be.
     pub(crate) fn parse_table(bytes: &[u8], count: u32) -> Result<(Vec<Self>, usize), Error> {
         let (mut snapshots, mut at) = (Vec::new(), 0_usize);
         for index in 0..count {
@@ -152,10 +141,16 @@ impl Snapshot {
             }
             let names = HEAD_BYTES + head.extra_bytes as usize;
             let end = names + head.names_bytes();
-            snapshots.push(head.with(&rest[HEAD_BYTES..names], &rest[names..end])?);
+            snapshots.push(head.with(&rest[HEAD_BYTES..names], &rest[names..end]));
             at += end;
         }
         Ok((snapshots, at))
+    }
+
+    /// What to call it in a message.
+    pub(crate) fn shown(&self) -> String {
+        let [id, name] = [&self.id, &self.name].map(|text| String::from_utf8_lossy(text));
+        format!("snapshot '{}' ({})", name.escape_debug(), id.escape_debug())
     }
 
     /// The table of these snapshots.
@@ -183,7 +178,7 @@ impl Snapshot {
     }
 
     fn serialise(&self, bytes: &mut Vec<u8>) -> Result<(), Error> {
-        let length = |text: &str| {
+        let length = |text: &[u8]| {
             u16::try_from(text.len()).map_err(|_| {
                 Error::invalid(format!(
                     "the name of a snapshot has {} bytes; at most 65535 are possible",
@@ -208,8 +203,8 @@ impl Snapshot {
         add(&self.disk_bytes.unwrap_or(0).to_be_bytes());
         add(&self.icount.unwrap_or(u64::MAX).to_be_bytes());
         add(&self.extra);
-        add(self.id.as_bytes());
-        add(self.name.as_bytes());
+        add(&self.id);
+        add(&self.name);
         Ok(())
     }
 }
@@ -264,7 +259,7 @@ mod tests {
         bytes[40..].copy_from_slice(b"1x");
         let (parsed, _) = Snapshot::parse_table(&bytes, 1).unwrap();
         assert_eq!((parsed[0].vm_state_bytes, parsed[0].disk_bytes), (77, None));
-        assert_eq!((&*parsed[0].id, &*parsed[0].name), ("1", "x"));
+        assert_eq!((&*parsed[0].id, &*parsed[0].name), (&b"1"[..], &b"x"[..]));
     }
 
     #[test]

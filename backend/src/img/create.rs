@@ -1,0 +1,505 @@
+//! `stonework img create`: makes images; also for the verbs that copy into new ones.
+
+use std::path::Path;
+use std::rc::Rc;
+
+use blockcore::driver::{CreateOnFn, DriverKind, DriverType, NewChild, Preallocation, Role};
+use blockcore::filename::full_backing_name;
+use blockcore::options::{OptionKind, OptionSpec, Options, parse_size};
+use blockcore::{Error, ErrorKind};
+use clap::Args;
+
+use super::cli::{ObjectArgs, parse_bytes};
+use super::open::How;
+use super::walk::SECTOR_BYTES;
+use super::{Failure, Program};
+
+/// The child that holds an image's data where the image itself does not.
+pub(super) const DATA_FILE: &str = "data-file";
+
+/// `stonework img create`.
+#[derive(Args, Debug)]
+pub struct CreateArgs {
+    /// Say nothing
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// Format of the image
+    #[arg(short, long, value_name = "FORMAT", default_value = "raw")]
+    pub format: String,
+    /// Options of the format: key=value,...; 'help' lists them
+    #[arg(short, long, value_name = "OPTIONS")]
+    pub options: Vec<String>,
+    /// Hold only what differs from this image; relative to the new one
+    #[arg(short, long, value_name = "IMAGE")]
+    pub backing: Option<String>,
+    /// Format of the backing image
+    #[arg(short = 'F', long, value_name = "FORMAT")]
+    pub backing_format: Option<String>,
+    /// Do not look at the backing image
+    #[arg(short = 'u', long)]
+    pub backing_unsafe: bool,
+    #[expect(missing_docs, reason = "documented at its type")]
+    #[command(flatten)]
+    pub objects: ObjectArgs,
+    /// The image to make; a file that exists is overwritten
+    #[arg(required_unless_present = "options")]
+    pub filename: Option<String>,
+    /// Its length in bytes; with a backing image that of it by default
+    #[arg(value_parser = parse_bytes)]
+    pub size: Option<u64>,
+}
+
+/// An image that is to be made.
+#[derive(Clone)]
+pub(super) struct Creation {
+    pub(super) name: String,
+    pub(super) format: &'static DriverType,
+    /// Options of the format and of what is below, under their tables' names.
+    pub(super) options: Options,
+    pub(super) bytes: u64,
+    pub(super) backing: Option<NewBacking>,
+    /// An external data file, relative to the image.
+    pub(super) data_file: Option<String>,
+}
+
+/// The backing image that a new image is to name.
+#[derive(Clone, Debug, Default)]
+pub(super) struct NewBacking {
+    /// Relative to the new image.
+    pub(super) name: String,
+    pub(super) format: Option<String>,
+}
+
+pub(super) async fn run(program: Rc<Program>, args: CreateArgs) -> Result<u8, Failure> {
+    args.objects.check()?;
+    let format = program.creatable(&args.format)?;
+    if wants_help(&args.options) {
+        program.list_options(format)?;
+        return Ok(0);
+    }
+    let Some(filename) = args.filename else {
+        return Err(Error::invalid("the image to make is not named").into());
+    };
+    let mut options = program.creation_options(format, &args.options)?;
+    let data_file = options.take(DATA_FILE);
+    let size = options.take("size");
+    let said = size.map(|text| parse_bytes(&text).map_err(Error::invalid));
+    let size = args
+        .size
+        .map_or_else(|| said.transpose(), |size| Ok(Some(size)))?;
+    let backing = take_backing(&mut options, args.backing, args.backing_format)?;
+    if let Some(backing) = &backing {
+        check_backing(format, &filename, backing)?;
+    }
+    let bytes = match (&backing, args.backing_unsafe) {
+        (Some(backing), false) => {
+            let bytes = backing_bytes(&program, &filename, backing).await?;
+            Some(size.unwrap_or(bytes))
+        }
+        _ => size,
+    };
+    let Some(bytes) = bytes else {
+        return Err(Error::invalid(format!(
+            "'{}' needs a size: say it after the name, such as 10G",
+            filename
+        ))
+        .into());
+    };
+    let creation = Creation {
+        name: filename,
+        format,
+        options,
+        bytes,
+        backing,
+        data_file,
+    };
+    if !args.quiet {
+        program.say(creation.announcement())?;
+    }
+    program.create(&creation).await?;
+    Ok(0)
+}
+
+/// Whether one of several `-o` asks what there is.
+pub(super) fn wants_help(options: &[String]) -> bool {
+    let mut words = options.iter().flat_map(|text| text.split(','));
+    words.any(|word| word == "help" || word == "?")
+}
+
+/// What `-b` and `-F`, or their names among the options, say.
+pub(super) fn take_backing(
+    options: &mut Options,
+    backing: Option<String>,
+    format: Option<String>,
+) -> Result<Option<NewBacking>, Error> {
+    let name = backing.or(take(options, "backing_file"));
+    let format = format.or(take(options, "backing_fmt"));
+    match name.filter(|name| !name.is_empty()) {
+        Some(name) => Ok(Some(NewBacking { name, format })),
+        None if format.is_some() => Err(Error::invalid(
+            "a backing image's format (-F) is said without a backing image (-b)",
+        )),
+        None => Ok(None),
+    }
+}
+
+/// Takes out an option, however its table writes it.
+fn take(options: &mut Options, name: &str) -> Option<String> {
+    let found = options.iter().find(|(key, _)| is_same(key, name));
+    let key = found?.0.to_owned();
+    options.take(&key)
+}
+
+/// Refuses what is wrong with a backing image before anything is made.
+pub(super) fn check_backing(
+    format: &DriverType,
+    name: &str,
+    backing: &NewBacking,
+) -> Result<(), Error> {
+    if !format.backing {
+        return Err(Error::invalid(format!(
+            "images of format '{}' have no backing image",
+            format.name
+        )));
+    }
+    let full = full_backing_name(name, &backing.name)?;
+    if full.as_deref() == Some(name) {
+        return Err(Error::invalid(format!(
+            "'{name}' cannot be its own backing image"
+        )));
+    }
+    Ok(())
+}
+
+/// The length of a backing image, which must be there and be what it is said to be.
+async fn backing_bytes(program: &Program, name: &str, backing: &NewBacking) -> Result<u64, Error> {
+    let full = full_backing_name(name, &backing.name)?.unwrap_or_default();
+    let Some(format) = &backing.format else {
+        return Err(Error::invalid(format!(
+            "the format of backing image '{}' is not said, and not guessed: say it with -F, such as {}",
+            backing.name,
+            program.command_with("-F", "raw")
+        )));
+    };
+    let how = How {
+        format: Some(format.clone()),
+        write: false,
+        force_share: true,
+        backing: true,
+        ..How::creating()
+    };
+    let context = |error: Error| {
+        let message = format!("cannot open backing image '{full}': {}", error.report());
+        Error::new(error.kind(), message)
+    };
+    let image = program.open(&full, &how).await.map_err(context)?;
+    let bytes = image.bytes();
+    image.close().await?;
+    Ok(bytes)
+}
+
+impl Creation {
+    /// What is going to be made, in `qemu-img`'s words.
+    fn announcement(&self) -> String {
+        let mut said = vec![format!("fmt={}", self.format.name)];
+        let mut size = Some(format!("size={}", self.bytes));
+        for spec in self.format.create_options {
+            let shown = shown(spec.name);
+            let value = match (&*shown, &self.backing) {
+                ("size", _) => {
+                    said.extend(size.take());
+                    continue;
+                }
+                ("filename", _) => continue,
+                ("backing_file", Some(backing)) => Some(backing.name.as_str()),
+                ("backing_fmt", Some(backing)) => backing.format.as_deref(),
+                _ => self.options.get(spec.name).or(spec.default),
+            };
+            let Some(value) = value.filter(|value| !value.is_empty()) else {
+                continue;
+            };
+            let value = match spec.kind {
+                OptionKind::Size => parse_size(value).map(|bytes| bytes.to_string()),
+                _ => None,
+            }
+            .unwrap_or_else(|| value.to_owned());
+            said.push(format!("{shown}={value}"));
+        }
+        if let Some(size) = size {
+            said.push(size);
+            let given = self.options.iter();
+            said.extend(
+                given.map(|(key, value)| format!("{key}={}", value.as_text().unwrap_or(""))),
+            );
+        }
+        format!("Formatting '{}', {}", self.name, said.join(" "))
+    }
+}
+
+/// Whether images of a format are the bytes of what is below, as it is.
+pub(super) fn is_plain(format: &DriverType) -> bool {
+    let plain = Options::default();
+    match format.kind {
+        DriverKind::Protocol => true,
+        _ => format.create_on.is_none() && format.child_role(&plain, 0).contains(Role::FILTERED),
+    }
+}
+
+fn find<'s>(table: &'s [OptionSpec], key: &str) -> Option<&'s OptionSpec> {
+    // One option is called otherwise here than in the control protocol, whose names tables have.
+    let key = if key == "compat" { "version" } else { key };
+    table.iter().find(|spec| is_same(spec.name, key))
+}
+
+/// Whether two names are of one option: `qemu-img` writes them with underscores, the control protocol
+/// with hyphens.
+fn is_same(one: &str, other: &str) -> bool {
+    one.replace('-', "_") == other.replace('-', "_")
+}
+
+/// An option's name as `qemu-img` writes it.
+fn shown(name: &str) -> String {
+    match name {
+        "version" => "compat".to_owned(),
+        name => name.replace('-', "_"),
+    }
+}
+
+impl Program {
+    /// The driver of a format in which images can be made.
+    ///
+    /// # Errors
+    ///
+    /// That there is none.
+    pub(super) fn creatable(&self, name: &str) -> Result<&'static DriverType, Error> {
+        let format = self.format(name)?;
+        match format.create_on.is_some() || is_plain(format) {
+            true => Ok(format),
+            false => Err(Error::unsupported(format!(
+                "images of format '{name}' cannot be made by this version of stonework"
+            ))),
+        }
+    }
+
+    /// The options of what is below an image.
+    fn file_table(&self) -> &'static [OptionSpec] {
+        self.kind("file").map_or(&[], |kind| kind.create_options)
+    }
+
+    /// What several `-o` say together, each under its table's name: the last word counts.
+    ///
+    /// # Errors
+    ///
+    /// What is no option.
+    pub(super) fn creation_options(
+        &self,
+        format: &DriverType,
+        texts: &[String],
+    ) -> Result<Options, Error> {
+        let mut options = Options::default();
+        for text in texts {
+            for (key, value) in Options::parse(text, None)?.iter() {
+                if is_same(key, DATA_FILE) && format.children.iter().any(|c| c.name == DATA_FILE) {
+                    options.set_value(DATA_FILE, value.clone());
+                    continue;
+                }
+                let spec = find(format.create_options, key)
+                    .or_else(|| find(self.file_table(), key))
+                    .filter(|spec| spec.name != "filename");
+                let Some(spec) = spec else {
+                    return Err(Error::invalid(format!(
+                        "images of format '{}' have no option '{key}': '-o help' lists those there are",
+                        format.name
+                    )));
+                };
+                options.set_value(spec.name, value.clone());
+            }
+        }
+        Ok(options)
+    }
+
+    /// Prints what `-o` takes.
+    pub(super) fn list_options(&self, format: &DriverType) -> Result<(), Error> {
+        self.say(format!("Supported {} options:", format.name))?;
+        let mut specs: Vec<&OptionSpec> = format.create_options.iter().collect();
+        let below = self.file_table().iter();
+        specs.extend(below.filter(|spec| find(format.create_options, spec.name).is_none()));
+        specs.retain(|spec| spec.name != "filename");
+        specs.sort_by_key(|spec| spec.name);
+        for spec in specs {
+            let kind = match spec.kind {
+                OptionKind::Text => "str".to_owned(),
+                OptionKind::Bool => "bool (on/off)".to_owned(),
+                OptionKind::Size => "size".to_owned(),
+                OptionKind::Choice(words) => words.join("|"),
+            };
+            let option = format!("{}=<{kind}>", shown(spec.name));
+            let default = match spec.default.filter(|text| !text.is_empty()) {
+                Some(default) => format!(" (default: {default})"),
+                None => String::new(),
+            };
+            self.say(format!("  {option:<22} - {}{default}", spec.help))?;
+        }
+        Ok(())
+    }
+
+    /// Makes an image, over a file that is there if nobody has it open.
+    ///
+    /// # Errors
+    ///
+    /// What the host or the format said; a new file is gone again, one that was there is emptied.
+    pub(super) async fn create(&self, creation: &Creation) -> Result<(), Error> {
+        let below = self.protocol_options(&creation.name)?;
+        let bytes = creation.bytes.next_multiple_of(SECTOR_BYTES);
+        let format = creation.format;
+        let Some(create_on) = format.create_on.filter(|_| !is_plain(format)) else {
+            let made = self.make_file(&creation.name, below, bytes, &creation.options);
+            return made.await.map(drop);
+        };
+        let (of_file, mut options) = self.split(format, &creation.options);
+        let mut set = |name: &str, value: &str| {
+            if let Some(spec) = find(format.create_options, name) {
+                options.set(spec.name, value);
+            }
+        };
+        set("size", &bytes.to_string());
+        if let Some(backing) = &creation.backing {
+            set("backing_file", &backing.name);
+            set("backing_fmt", backing.format.as_deref().unwrap_or(""));
+        }
+        let mut made = Vec::new();
+        let created = self.create_on(creation, create_on, (below, of_file), options, &mut made);
+        let created = created.await;
+        if created.is_err() {
+            // Nobody else can know these files yet.
+            for path in made {
+                if let Err(error) = std::fs::remove_file(&path) {
+                    tracing::warn!(path, %error, "cannot remove it again");
+                }
+            }
+        }
+        created
+    }
+
+    /// Makes the files of an image and the image in them. `made` gets the paths of those that were not
+    /// there.
+    async fn create_on(
+        &self,
+        creation: &Creation,
+        create_on: CreateOnFn,
+        (below, of_file): (Options, Options),
+        options: Options,
+        made: &mut Vec<String>,
+    ) -> Result<(), Error> {
+        let mut names = vec![None; creation.format.children.len()];
+        names[0] = Some((creation.name.clone(), creation.name.clone()));
+        if let Some(data_file) = &creation.data_file {
+            let full = full_backing_name(&creation.name, data_file)?;
+            let mut specs = creation.format.children.iter();
+            let place = specs.position(|spec| spec.name == DATA_FILE);
+            if let (Some(place), Some(full)) = (place, full) {
+                names[place] = Some((full, data_file.clone()));
+            }
+        }
+        let mut images = Vec::new();
+        for (place, name) in names.into_iter().enumerate() {
+            let Some((path, name)) = name else {
+                images.push(None);
+                continue;
+            };
+            let (below, options) = match place {
+                0 => (below.clone(), of_file.clone()),
+                _ => (self.protocol_options(&path)?, Options::default()),
+            };
+            made.extend(self.make_file(&path, below.clone(), 0, &options).await?);
+            let driver = below.get("driver").unwrap_or("");
+            let how = How {
+                format: Some(driver.to_owned()),
+                resize: true,
+                ..How::creating()
+            };
+            images.push(Some((self.open(&path, &how).await?, name)));
+        }
+        let children = images.iter().map(|image| {
+            let (image, name) = image.as_ref()?;
+            Some(NewChild {
+                root: Rc::clone(&image.root),
+                name: name.clone(),
+            })
+        });
+        let created = create_on(children.collect(), options).await;
+        for (image, _) in images.into_iter().flatten() {
+            image.close().await?;
+        }
+        created
+    }
+
+    /// Which options are the file's, and which the format's.
+    fn split(&self, format: &DriverType, options: &Options) -> (Options, Options) {
+        let (mut of_file, mut of_format) = (Options::default(), Options::default());
+        for (key, value) in options.iter() {
+            match find(format.create_options, key) {
+                Some(_) => of_format.set_value(key, value.clone()),
+                None => of_file.set_value(key, value.clone()),
+            }
+        }
+        (of_file, of_format)
+    }
+
+    /// Makes a file of so many bytes, or empties and extends the one that is there; says what was made.
+    async fn make_file(
+        &self,
+        name: &str,
+        below: Options,
+        bytes: u64,
+        options: &Options,
+    ) -> Result<Option<String>, Error> {
+        let kind = self.kind(below.get("driver").unwrap_or(""))?;
+        let path = below.get("filename").unwrap_or("").to_owned();
+        if let Some(create) = kind.create.filter(|_| !Path::new(&path).exists()) {
+            let mut options = options.clone();
+            options.set("filename", &*path);
+            options.set("size", bytes.to_string());
+            create(Rc::clone(self.control.context()), options).await?;
+            return Ok(Some(path));
+        }
+        let how = How {
+            format: Some(kind.name.to_owned()),
+            ..How::creating()
+        };
+        let image = self.open(name, &how).await?;
+        if kind.create.is_none() {
+            // What cannot be made cannot be emptied: it has the length that it has.
+            let there = image.bytes();
+            image.close().await?;
+            return match there >= bytes {
+                true => Ok(None),
+                false => Err(Error::new(
+                    ErrorKind::NoSpace,
+                    format!("'{name}' has only {there} bytes, and {bytes} are needed"),
+                )),
+            };
+        }
+        let node = image.look(|node| node.name().to_owned());
+        let preallocation = preallocation(options.get("preallocation").unwrap_or("off"))?;
+        self.control.resize(&node, 0, Preallocation::Off).await?;
+        if bytes > 0 {
+            self.control.resize(&node, bytes, preallocation).await?;
+        }
+        image.flush().await?;
+        image.close().await?;
+        Ok(None)
+    }
+}
+
+/// A preallocation by its name.
+pub(super) fn preallocation(text: &str) -> Result<Preallocation, Error> {
+    let mut names = Preallocation::NAMES.into_iter();
+    let found = names.find(|(name, _)| *name == text);
+    found.map(|(_, value)| value).ok_or_else(|| {
+        let names = Preallocation::NAMES.map(|(name, _)| name).join(", ");
+        Error::invalid(format!(
+            "there is no preallocation '{text}'; there are {names}"
+        ))
+    })
+}
