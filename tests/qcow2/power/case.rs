@@ -47,7 +47,7 @@ impl Case {
     pub(crate) fn new(seed: u64) -> Self {
         let mut random = Random::new(seed);
         let mut of = |choices: &[u64]| choices[random.below(choices.len() as u64) as usize];
-        let cluster = 512 << of(&[0, 0, 0, 0, 1, 1, 2, 3, 4, 5, 5, 7]);
+        let cluster = 512 << of(&[0, 0, 0, 0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 5, 5, 7]);
         let version_2 = of(&[0, 0, 0, 1]) == 1;
         let bytes = match cluster {
             512 => of(&[32, 64, 128, 200]) << 10,
@@ -118,7 +118,11 @@ impl Case {
             workers: of(&[1, 2, 3]) as usize,
             depth: of(&[2, 4, 6]) as usize,
             lives: of(&[2, 3, 4]) as usize,
-            requests: of(&[20, 50, 90]) as usize,
+            requests: match cluster {
+                // Files grow by many clusters at a time.
+                16384.. => 20,
+                _ => of(&[20, 50, 90]) as usize,
+            },
             fast_path: of(&[0, 1, 1]) == 1,
             rest_us: of(&[0, 500, 3000, 20_000]),
             faults: Faults {

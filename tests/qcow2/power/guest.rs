@@ -89,8 +89,8 @@ impl Asking {
             _ => case.cluster,
         };
         let most = match disk.below(20) {
-            0 => whole,
-            1..5 => 20 * case.cluster,
+            0 if case.cluster < 16384 => whole,
+            0..5 => (20 * case.cluster).min(1 << 16),
             5..12 => 3 * case.cluster,
             _ => 2048.max(case.grain),
         };
