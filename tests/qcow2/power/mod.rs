@@ -30,7 +30,7 @@ use judge::{Image, Judge};
 use life::Life;
 
 /// Seeds tried when nothing is said.
-const DEFAULT_SEEDS: u64 = 300;
+const DEFAULT_SEEDS: u64 = 450;
 /// Simulated time after which a wait that has not ended is stuck.
 const LIMIT: Duration = Duration::from_secs(600);
 /// How many states are drawn at one moment at most.
