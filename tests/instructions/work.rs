@@ -204,6 +204,9 @@ impl Engine for AtOnce {
     }
 
     fn start(&self, op: Op, notify: Notify) {
+        if !self.answers_at_once.get() {
+            return self.below.start(op, notify);
+        }
         let (Op::Read { segments, .. } | Op::Write { segments, .. }, Notify::Token(token)) =
             (op, notify)
         else {

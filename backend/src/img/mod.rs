@@ -2,12 +2,12 @@
 //! names, options and exit statuses. One file per verb.
 //!
 //! Everything is done through the block layer: an image is a node of a graph in this process
-//! ([`open`]), read and written through a root on the one thread there is. What only a format can do is
+//! (`open`), read and written through a root on the one thread there is. What only a format can do is
 //! asked of its driver.
 //!
 //! Two things differ from `qemu-img` on purpose. A format is never guessed for writing, nor for copying:
 //! without one, a file that begins like a known format is refused with the command that was probably
-//! meant ([`open::Probing`]). And verbs that only read keep out whoever writes, unless `--force-share`
+//! meant. And verbs that only read keep out whoever writes, unless `--force-share`
 //! says that a torn picture will do.
 //!
 //! Threads: the caller's, which blocks until the verb is done.
@@ -23,6 +23,7 @@ pub mod convert;
 pub mod create;
 pub mod dd;
 pub mod info;
+mod make;
 pub mod map;
 pub mod measure;
 mod open;

@@ -143,7 +143,7 @@ impl SliceCache {
             }
             let slot = &self.slots[set * WAYS + way];
             let version = slot.version.load(Ordering::Acquire);
-            if version % 2 != 0 || key.load(Ordering::Relaxed) != slice + 1 {
+            if !version.is_multiple_of(2) || key.load(Ordering::Relaxed) != slice + 1 {
                 return None;
             }
             let words = slot.words.get()?;

@@ -57,11 +57,6 @@ impl Limbo {
         self.lock().splice(0..0, freed);
     }
 
-    /// Whether there is nothing.
-    pub(crate) fn is_empty(&self) -> bool {
-        self.lock().is_empty()
-    }
-
     fn lock(&self) -> MutexGuard<'_, Vec<Freed>> {
         self.waiting.lock().expect("no panic while looking")
     }

@@ -334,7 +334,7 @@ impl Image {
             true => u64::MAX,
             false => !COPIED,
         };
-        let is_flagged = |index: usize| index % per_entry == 0 && !self.geometry.data_file;
+        let is_flagged = |index: usize| index.is_multiple_of(per_entry) && !self.geometry.data_file;
         words(bytes)
             .enumerate()
             .map(|(index, word)| match is_flagged(index) {
@@ -401,7 +401,6 @@ impl Image {
 }
 
 /// Changes an entry among a slice's words; `None` if it is as it was.
-
 fn change_entry(
     words: &mut super::cache::SliceWords<'_>,
     index: usize,

@@ -143,8 +143,9 @@ pub(super) async fn open_image(
         segment = adopt::adopt(source, &mut header, &mut l1, &mut table).await?;
     }
     let metadata = Metadata::new(geometry);
-    mark_active(&metadata, &header, &l1, &table);
     if writable {
+        let marked = mark_active(&metadata, &header, &l1, &table);
+        marked.map_err(|what| source.corrupt(what))?;
         mark_inactive(source, &metadata, &header).await?;
         clear_features(source, &mut header).await?;
     }
@@ -272,19 +273,41 @@ fn mark(metadata: &Metadata, offset: u64, bytes: u64) {
     }
 }
 
-fn mark_active(metadata: &Metadata, header: &Header, l1: &[L1Entry], table: &[u64]) {
+/// Marks what the image needs to be read and written. No two of these may share a cluster: a change of one
+/// would be a change of the other.
+fn mark_active(
+    metadata: &Metadata,
+    header: &Header,
+    l1: &[L1Entry],
+    table: &[u64],
+) -> Result<(), String> {
     let cluster = metadata.cluster_bytes();
-    mark(metadata, 0, cluster);
-    mark(metadata, header.l1_offset, 8 * l1.len() as u64);
-    mark(
-        metadata,
+    let own = |what: &str, offset: u64, bytes: u64| {
+        let end = HostOffset(offset.saturating_add(bytes));
+        let is_there = metadata.reaches(HostOffset(offset)) && metadata.reaches(end);
+        if bytes > 0 && is_there && metadata.overlaps(HostOffset(offset), bytes) {
+            return Err(format!(
+                "the {what} at offset {offset:#x} lies where there is other metadata; repair it with \
+                 'stonework img check -r all'"
+            ));
+        }
+        mark(metadata, offset, bytes);
+        Ok(())
+    };
+    own("header", 0, cluster)?;
+    own("L1 table", header.l1_offset, 8 * l1.len() as u64)?;
+    own(
+        "refcount table",
         header.refcount_table_offset,
         header.refcount_table_bytes(),
-    );
+    )?;
     for block in table.iter().filter(|block| **block != 0) {
-        mark(metadata, block & !0x1ff, cluster);
+        own("refcount block", block & !0x1ff, cluster)?;
     }
-    mark_tables(metadata, l1);
+    for table in l1.iter().filter_map(|entry| entry.table()) {
+        own("L2 table", table.0, cluster)?;
+    }
+    Ok(())
 }
 
 fn mark_tables(metadata: &Metadata, l1: &[L1Entry]) {

@@ -283,8 +283,8 @@ impl Refcounts {
         inner.dirty_entries.clear();
     }
 
-    /// How many blocks are dirty.
-    pub(crate) fn dirty_count(&self) -> usize {
+    #[cfg(test)]
+    fn dirty_count(&self) -> usize {
         let inner = self.lock();
         inner
             .blocks
@@ -332,11 +332,6 @@ impl Refcounts {
             }
         }
         inner.evict(self.kept_blocks);
-    }
-
-    /// Forgets every block; for when the image has changed below us. Nothing is dirty.
-    pub(crate) fn forget(&self) {
-        self.lock().blocks.clear();
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {

@@ -42,10 +42,8 @@ const AT_DEVICE: usize = 2;
 const AT_INODE: usize = 3;
 /// The number of the first record that counts.
 const AT_FIRST: usize = 4;
-/// Where the reserved clusters begin.
+/// Where the reserved clusters begin. What there is no room for leaks when the process is killed.
 const AT_RESERVED: usize = 64;
-/// How many extents of them are kept; more leak when the process is killed.
-const RESERVED: usize = HEAD_WORDS - AT_RESERVED;
 /// A reserved extent is one word, so that it changes at once: its first cluster above, how many below.
 const RESERVED_COUNT_BITS: u32 = 24;
 
@@ -295,9 +293,10 @@ pub(super) fn read(memory: &Segment, owner: Owner) -> Option<Result<Left, String
 
 #[cfg(test)]
 mod tests {
-    use blockcore::engine::sim::Simulation;
-    use blockcore::engine::{Engine, HostCall, HostReply};
-    use futures_util::FutureExt;
+    use std::rc::Rc;
+
+    use blockcore::engine::{EngineChoice, HostCall, HostReply, make};
+    use blockcore::io::IoContext;
 
     use super::*;
 
@@ -307,23 +306,19 @@ mod tests {
         inode: 2,
     };
 
+    /// Memory with room for four records.
     fn memory() -> Arc<Segment> {
-        let simulation = Simulation::new(1);
+        let directory = tempfile::tempdir().unwrap();
+        let context = IoContext::new(make(EngineChoice::Threads).unwrap());
         let call = HostCall::OpenSegment {
-            path: "/run/segment".into(),
+            path: directory.path().join("segment"),
             bytes: 8 * (HEAD_WORDS + 4 * RECORD_WORDS) as u64,
         };
-        let engine = simulation.engine();
-        let mut reply = engine.host(call);
-        loop {
-            if let Some(reply) = reply.as_mut().now_or_never() {
-                match reply.unwrap() {
-                    HostReply::Segment { segment, .. } => return segment,
-                    other => panic!("{other:?}"),
-                }
-            }
-            engine.sleeper().falling_asleep();
-            engine.wait(&mut Vec::new(), None);
+        let inner = Rc::clone(&context);
+        match context.block_on(async move { inner.host(call).await }) {
+            // It stays as long as it is mapped.
+            Ok(HostReply::Segment { segment, .. }) => segment,
+            other => panic!("{other:?}"),
         }
     }
 

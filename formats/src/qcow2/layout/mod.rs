@@ -168,7 +168,7 @@ mod tests {
     fn counts_of_every_width_lie_where_the_specification_says() {
         for order in 0..=6 {
             let mut block = vec![0; 64];
-            let counts = 64 * 8 >> order;
+            let counts = (64 * 8) >> order;
             let most = match order {
                 6 => u64::MAX,
                 order => (1 << (1 << order)) - 1,
