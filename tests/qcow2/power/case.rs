@@ -41,6 +41,8 @@ pub(crate) struct Case {
     pub(crate) faults: Faults,
     /// Operations can fail for good.
     pub(crate) fails: bool,
+    /// There is a runtime directory, so that what completed survives a kill.
+    pub(crate) keeps: bool,
 }
 
 impl Case {
@@ -140,6 +142,7 @@ impl Case {
                 ..Faults::default()
             },
             fails,
+            keeps: of(&[0, 1, 1]) == 1,
         }
     }
 

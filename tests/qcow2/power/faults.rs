@@ -9,7 +9,7 @@ use super::judge::Judge;
 use super::{Test, Totals};
 
 /// Within how many seeds each is found.
-const WITHIN: u64 = 100;
+const WITHIN: u64 = 300;
 
 /// Why a seed fails with a fault, if it does.
 fn failure(seed: u64, fault: Option<Fault>) -> Option<String> {

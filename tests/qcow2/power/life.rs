@@ -17,7 +17,7 @@ use blockcore::{Error, ErrorKind};
 use futures_channel::oneshot;
 
 use super::case::{Case, Files};
-use super::{COMPLETED_SURVIVES_KILL, Disk, LIMIT, Test, read};
+use super::{Disk, LIMIT, Test, read};
 
 /// Operations started without a task, by token.
 pub(super) type FastPath = Rc<RefCell<BTreeMap<u64, oneshot::Sender<(OpResult, Segments)>>>>;
@@ -35,8 +35,8 @@ pub(super) struct Life {
     pub(super) outstanding: Vec<Cell<usize>>,
     operating: Cell<bool>,
     stopping: Cell<bool>,
-    /// The files as the life found them.
-    found: Files,
+    /// The files as they were once they were open: what was lost before has been lost.
+    found: RefCell<Files>,
 }
 
 /// How a life ends.
@@ -49,14 +49,67 @@ enum End {
 }
 
 impl Life {
-    /// Opens the image as it is.
+    /// Opens the image as it is; what has survived a kill must be there.
     pub(super) fn begin(test: &Test<'_>) -> Result<Rc<Self>, String> {
+        let life = Self::start(test)?;
+        let opening = Rc::clone(&life);
+        life.run(test, async move { opening.open().await })??;
+        life.found.replace(test.files());
+        if test.is_kept.take() {
+            life.find_what_completed(test)?;
+        }
+        Ok(life)
+    }
+
+    /// Begins to open the image, and is killed before or after that is done.
+    pub(super) fn die_young(test: &Test<'_>) -> Result<(), String> {
+        let life = Self::start(test)?;
+        let opening = Rc::clone(&life);
+        life.office.context().spawn(async move {
+            let _ = opening.open().await;
+        });
+        for _ in 0..test.disk.below(150) {
+            test.simulation.step();
+        }
+        test.simulation.kill();
+        Ok(())
+    }
+
+    /// The disk holds all that had completed when the process before was killed.
+    fn find_what_completed(&self, test: &Test<'_>) -> Result<(), String> {
+        let root = self.workers[0].0.context().root(self.root.get().expect("open"));
+        let root = root.expect("attached");
+        let unit = self.case.grain.max(512);
+        let bytes = root.bytes();
+        let into = Segments::allocate(bytes.next_multiple_of(unit) as usize, 4096);
+        let reading = (Rc::clone(&root), into.clone());
+        let read = test.simulation.run(&self.workers[0].0, LIMIT, async move {
+            let (root, into) = reading;
+            root.read(0, into.slice(0, bytes)).await
+        });
+        match read.map_err(|stuck| stuck.to_string())? {
+            Ok(()) => {}
+            Err(_) if self.case.fails => return Ok(()),
+            Err(error) => return Err(format!("what completed cannot be read: {error}")),
+        }
+        self.disk.check_length(bytes)?;
+        let contents = into.slice(0, bytes).to_vec();
+        let found = self.disk.history().check_now(&contents);
+        found.map_err(|wrong| format!("after a kill: {wrong}"))?;
+        self.disk.count(|totals| &mut totals.recovered);
+        Ok(())
+    }
+
+    fn start(test: &Test<'_>) -> Result<Rc<Self>, String> {
         let simulation = &test.simulation;
         // What was in flight keeps its descriptions; new ones would not see its end.
         let landed = simulation.run_until(LIMIT, || simulation.in_flight() == 0);
         landed.map_err(|stuck| stuck.to_string())?;
         let office = simulation.worker();
         let control = Control::new(Graph::new(formats::drivers()), Rc::clone(office.context()));
+        if test.case.keeps {
+            control.set_runtime_directory(Some("/run".into()));
+        }
         let workers = (0..test.case.workers).map(|_| {
             let fast = FastPath::default();
             let waiting = Rc::clone(&fast);
@@ -73,7 +126,7 @@ impl Life {
             });
             (worker, fast)
         });
-        let life = Rc::new(Self {
+        Ok(Rc::new(Self {
             case: test.case.clone(),
             disk: Rc::clone(&test.disk),
             workers: workers.collect(),
@@ -83,11 +136,8 @@ impl Life {
             outstanding: (0..test.case.workers).map(|_| Cell::new(0)).collect(),
             operating: Cell::new(false),
             stopping: Cell::new(false),
-            found: test.files(),
-        });
-        let opening = Rc::clone(&life);
-        let opened = life.run(test, async move { opening.open().await })?;
-        opened.map(|()| life)
+            found: RefCell::default(),
+        }))
     }
 
     /// Runs something on the control thread.
@@ -186,7 +236,7 @@ impl Life {
                 if survives {
                     disk.count(|totals| &mut totals.closed);
                     // What fails half way may leak.
-                    let found = (!self.case.fails).then(|| self.found.clone());
+                    let found = (!self.case.fails).then(|| self.found.take());
                     test.submit(files.clone(), &when, found);
                     simulation.power_cut();
                     if test.files() != files {
@@ -200,7 +250,6 @@ impl Life {
             End::Kill => {
                 disk.count(|totals| &mut totals.kills);
                 simulation.kill();
-                survives = COMPLETED_SURVIVES_KILL;
                 is_cut = false;
             }
             End::PowerCut | End::KillThenPowerCut => {
@@ -222,6 +271,15 @@ impl Life {
         let landed = simulation.run_until(LIMIT, || simulation.in_flight() == 0);
         landed.map_err(|stuck| stuck.to_string())?;
         let files = test.files();
+        if test.judge.is_new(&files) {
+            test.submit(files.clone(), &when, None);
+        }
+        if self.case.keeps && !is_cut {
+            // It is somewhere, and found by who opens the image next.
+            disk.history().killed(false);
+            test.is_kept.set(true);
+            return disk.check();
+        }
         let contents = read::whole(&self.case, &files)?;
         disk.check_length(contents.len() as u64)?;
         *disk.lengths.borrow_mut() = vec![contents.len() as u64];
@@ -238,9 +296,6 @@ impl Life {
         };
         found.map_err(|wrong| format!("{when}: {wrong}"))?;
         drop(history);
-        if test.judge.is_new(&files) {
-            test.submit(files, &when, None);
-        }
         disk.check()
     }
 

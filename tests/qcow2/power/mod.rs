@@ -30,13 +30,11 @@ use judge::{Image, Judge};
 use life::Life;
 
 /// Seeds tried when nothing is said.
-const DEFAULT_SEEDS: u64 = 300;
+const DEFAULT_SEEDS: u64 = 450;
 /// Simulated time after which a wait that has not ended is stuck.
 const LIMIT: Duration = Duration::from_secs(600);
 /// How many states are drawn at one moment at most.
 const MOST_STATES: usize = 16;
-/// What completed outlives the process without a flush.
-const COMPLETED_SURVIVES_KILL: bool = false;
 /// Files that are written to.
 const WRITTEN: [&str; 2] = ["image", "data"];
 
@@ -71,6 +69,7 @@ pub(crate) struct Totals {
     states: u64,
     closed: u64,
     kills: u64,
+    recovered: u64,
     power_cuts: u64,
     resizes: u64,
     compressed: u64,
@@ -93,6 +92,7 @@ impl Totals {
         self.states += other.states;
         self.closed += other.closed;
         self.kills += other.kills;
+        self.recovered += other.recovered;
         self.power_cuts += other.power_cuts;
         self.resizes += other.resizes;
         self.compressed += other.compressed;
@@ -106,6 +106,8 @@ pub(crate) struct Test<'a> {
     judge: &'a Judge,
     simulation: Rc<Simulation>,
     disk: Rc<Disk>,
+    /// The process was killed, and what completed is to be found when the image is opened again.
+    is_kept: Cell<bool>,
 }
 
 /// What is known of the disk, and what its users share.
@@ -150,10 +152,18 @@ impl Test<'_> {
             judge,
             simulation,
             disk,
+            is_kept: Cell::new(false),
         };
         for life in 0..case.lives {
+            while test.disk.chance(150) {
+                Life::die_young(&test)?;
+            }
             let lived = Life::begin(&test).and_then(|begun| begun.live(&test, life));
             lived.map_err(|why| format!("seed {}, life {life}: {why}", case.seed))?;
+        }
+        if test.is_kept.get() {
+            let found = Life::begin(&test).map(drop);
+            found.map_err(|why| format!("seed {}, at the end: {why}", case.seed))?;
         }
         totals.add(&test.disk.totals.borrow());
         Ok(test.simulation.hash())
