@@ -77,7 +77,10 @@ impl Life {
 
     /// The disk holds all that had completed when the process before was killed.
     fn find_what_completed(&self, test: &Test<'_>) -> Result<(), String> {
-        let root = self.workers[0].0.context().root(self.root.get().expect("open"));
+        let root = self.workers[0]
+            .0
+            .context()
+            .root(self.root.get().expect("open"));
         let root = root.expect("attached");
         let unit = self.case.grain.max(512);
         let bytes = root.bytes();
