@@ -50,6 +50,9 @@ pub(super) struct Image {
     pub(super) geometry: Geometry,
     /// Length of the disk.
     pub(super) bytes: AtomicU64,
+    /// As `bytes`, or 0 where entries are extended, or the image is broken: so far requests may go without
+    /// another look at that.
+    pub(super) plain_bytes: AtomicU64,
     /// As it is in the image.
     pub(super) header: Mutex<Header>,
     pub(super) l1: Mutex<L1>,
@@ -133,6 +136,18 @@ impl Image {
         self.bytes.load(Ordering::Acquire)
     }
 
+    /// The disk has another length.
+    pub(super) fn set_bytes(&self, bytes: u64) {
+        self.bytes.store(bytes, Ordering::Release);
+        if !self.geometry.extended {
+            self.plain_bytes.store(bytes, Ordering::SeqCst);
+        }
+        // It may have broken just now.
+        if self.broken.load(Ordering::SeqCst) {
+            self.plain_bytes.store(0, Ordering::SeqCst);
+        }
+    }
+
     pub(super) fn l1(&self) -> MutexGuard<'_, L1> {
         self.l1.lock().expect("no panic while looking")
     }
@@ -185,7 +200,10 @@ impl Image {
         fatal: bool,
     ) -> IoError {
         let fatal = fatal && !io.modes().read_only;
-        let was_broken = fatal && self.broken.swap(true, Ordering::AcqRel);
+        let was_broken = fatal && self.broken.swap(true, Ordering::SeqCst);
+        if fatal {
+            self.plain_bytes.store(0, Ordering::SeqCst);
+        }
         if !was_broken {
             io.state()
                 .report_corruption(message, Some(host.0), Some(bytes), fatal);

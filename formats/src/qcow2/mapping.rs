@@ -118,14 +118,14 @@ impl Image {
         // Where it wraps it is in another cluster.
         let last = offset.wrapping_add(bytes - 1);
         let cluster = offset >> g.cluster_bits;
-        if g.extended || last >> g.cluster_bits != cluster || last >= self.bytes() {
+        if last >> g.cluster_bits != cluster || last >= self.plain_bytes.load(Ordering::Acquire) {
             return None;
         }
         let index = cluster & ((1 << self.slice_bits) - 1);
         let slice = cluster >> self.slice_bits;
         let (word, _) = self.cache.get(slice, index as usize, false)?;
         let host = entry::plain_host(word, write)?;
-        if !g.is_aligned(host.0) || self.broken.load(Ordering::Relaxed) {
+        if !g.is_aligned(host.0) {
             return None;
         }
         if write && !g.data_file && self.metadata.is_in_cluster(host) {

@@ -156,6 +156,7 @@ pub(super) async fn open_image(
         this: this.clone(),
         geometry,
         bytes: AtomicU64::new(header.bytes),
+        plain_bytes: AtomicU64::new(if geometry.extended { 0 } else { header.bytes }),
         l1: Mutex::new(L1 {
             place: HostOffset(header.l1_offset),
             entries: l1,

@@ -1,7 +1,5 @@
 //! Changing the length of the disk.
 
-use std::sync::atomic::Ordering;
-
 use blockcore::IoError;
 use blockcore::driver::{Preallocation, TruncateFlags, WriteFlags, ZeroFlags};
 use blockcore::io::Io;
@@ -207,7 +205,7 @@ impl Image {
         write_bytes(io, HEADER_BYTES, &bytes.to_be_bytes()).await?;
         io.child(FILE).flush().await?;
         self.header().bytes = bytes;
-        self.bytes.store(bytes, Ordering::Release);
+        self.set_bytes(bytes);
         Ok(())
     }
 

@@ -87,6 +87,9 @@ impl Uses {
         let ended = table.open[id.0 as usize].take();
         let number = ended.expect("a use ends once").number;
         table.free.push(id.0);
+        if table.waits.is_empty() {
+            return;
+        }
         for wait in table.waits.extract_if(.., |wait| {
             wait.numbers.retain(|other| *other != number);
             wait.numbers.is_empty()
