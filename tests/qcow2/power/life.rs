@@ -77,7 +77,10 @@ impl Life {
 
     /// The disk holds all that had completed when the process before was killed.
     fn find_what_completed(&self, test: &Test<'_>) -> Result<(), String> {
-        let root = self.workers[0].0.context().root(self.root.get().expect("open"));
+        let root = self.workers[0]
+            .0
+            .context()
+            .root(self.root.get().expect("open"));
         let root = root.expect("attached");
         let unit = self.case.grain.max(512);
         let bytes = root.bytes();
@@ -425,7 +428,12 @@ impl Life {
             true => drop(disk.history().begin_write(0, bytes, before - bytes)),
             false => disk.history().set_bytes(bytes),
         }
-        let resized = self.control.resize("disk", bytes, Preallocation::Off).await;
+        let preallocation = match (bytes > before, disk.below(6)) {
+            (true, 0) => Preallocation::Metadata,
+            (true, 1) => Preallocation::Full,
+            _ => Preallocation::Off,
+        };
+        let resized = self.control.resize("disk", bytes, preallocation).await;
         disk.count(|totals| &mut totals.resizes);
         match resized {
             Ok(()) => {
