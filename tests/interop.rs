@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use harness::driver::{Driver, Layout, Queue, Waiting};
 use harness::libblkio::{self, Libblkio, Request};
 use harness::model::{self, Change, ModelDisk, SECTOR_BYTES, Stamp, Ticket, ZEROES};
-use harness::peer::{Aio, Peer, Program, Setup};
+use harness::peer::{Aio, Format, Peer, Program, Setup};
 use harness::random::Random;
 use tempfile::TempDir;
 
@@ -159,6 +159,7 @@ impl Disk {
 
     fn setup(&self, direct: bool) -> Setup<'_> {
         Setup {
+            format: Format::Raw,
             file: &self.file,
             queues: LAYOUT.queues,
             direct,

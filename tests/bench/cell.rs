@@ -16,6 +16,8 @@ pub(crate) enum Backend {
     Qsd,
     /// A plain disk on vhost-user-backend
     Baseline,
+    /// Ours, on the raw file whatever the others serve
+    Raw,
     /// Nobody: the client does the same I/O itself with io_uring, which is a limit of a kind
     Direct,
     /// Nobody: the client calls pread and pwrite, one request after the other
@@ -26,7 +28,7 @@ impl Backend {
     /// What to start, or `None` if the client is on its own.
     pub(crate) fn program(self, aio: Aio) -> Option<Program> {
         match self {
-            Backend::Stonework => Some(Program::Stonework),
+            Backend::Stonework | Backend::Raw => Some(Program::Stonework),
             Backend::Qsd => Some(Program::StorageDaemon(aio)),
             Backend::Baseline => Some(Program::Baseline),
             Backend::Direct | Backend::Syscalls => None,
@@ -45,6 +47,7 @@ impl fmt::Display for Backend {
             Backend::Stonework => "stonework",
             Backend::Qsd => "qsd",
             Backend::Baseline => "baseline",
+            Backend::Raw => "raw",
             Backend::Direct => "direct",
             Backend::Syscalls => "syscalls",
         })

@@ -4,7 +4,9 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
+use harness::peer::Format;
 use harness::random::Random;
 use rustix::fs::{Advice, fadvise};
 
@@ -15,6 +17,8 @@ use crate::shown;
 pub(crate) struct Disk {
     file: File,
     path: PathBuf,
+    /// A qcow2 image of the same disk.
+    image: Option<PathBuf>,
     bytes: u64,
     is_cached: bool,
 }
@@ -41,6 +45,7 @@ impl Disk {
         let disk = Self {
             file,
             path: path.canonicalize()?,
+            image: None,
             bytes,
             is_cached: true,
         };
@@ -61,6 +66,32 @@ impl Disk {
         &self.path
     }
 
+    /// Makes a qcow2 image of the disk, with every cluster allocated.
+    ///
+    /// # Errors
+    ///
+    /// What `qemu-img` says.
+    pub(crate) fn make_image(&mut self) -> io::Result<()> {
+        let image = self.path.with_extension("qcow2");
+        self.image = Some(image.clone());
+        let status = Command::new("qemu-img")
+            .args(["convert", "-f", "raw", "-O", "qcow2", "-S", "0"])
+            .args([&self.path, &image])
+            .status()?;
+        match status.success() {
+            true => Ok(()),
+            false => Err(io::Error::other("qemu-img could not make a qcow2 image")),
+        }
+    }
+
+    /// The file in a format.
+    pub(crate) fn file(&self, format: Format) -> &Path {
+        match (format, &self.image) {
+            (Format::Qcow2, Some(image)) => image,
+            _ => &self.path,
+        }
+    }
+
     /// How many blocks of the requests' size there are.
     pub(crate) fn blocks(&self) -> u64 {
         self.bytes / BLOCK_BYTES as u64
@@ -71,9 +102,14 @@ impl Disk {
     pub(crate) fn prepare(&mut self, row: Row) -> io::Result<bool> {
         if !row.is_direct() {
             if !self.is_cached {
-                let mut file = File::open(&self.path)?;
-                let mut chunk = vec![0; 1 << 20];
-                while file.read(&mut chunk)? > 0 {}
+                for path in [Some(&self.path), self.image.as_ref()]
+                    .into_iter()
+                    .flatten()
+                {
+                    let mut file = File::open(path)?;
+                    let mut chunk = vec![0; 1 << 20];
+                    while file.read(&mut chunk)? > 0 {}
+                }
                 self.is_cached = true;
             }
             return Ok(true);
@@ -93,9 +129,15 @@ impl Disk {
     /// Waits until all that was written is on the disk.
     pub(crate) fn settle(&self) -> io::Result<()> {
         self.file.sync_data()?;
+        let image = self.image.as_ref().map(File::open).transpose()?;
+        if let Some(image) = &image {
+            image.sync_data()?;
+        }
         if !self.is_cached {
             // Reads past the back-end have left pages, which O_DIRECT writes would have to drop.
-            fadvise(&self.file, 0, None, Advice::DontNeed)?;
+            for file in [Some(&self.file), image.as_ref()].into_iter().flatten() {
+                fadvise(file, 0, None, Advice::DontNeed)?;
+            }
         }
         Ok(())
     }
@@ -104,5 +146,8 @@ impl Disk {
 impl Drop for Disk {
     fn drop(&mut self) {
         let _ = fs::remove_file(&self.path);
+        if let Some(image) = &self.image {
+            let _ = fs::remove_file(image);
+        }
     }
 }

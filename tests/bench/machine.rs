@@ -181,6 +181,7 @@ fn version(backend: Backend) -> String {
             "baseline: vhost-user-backend {}",
             locked("vhost-user-backend")
         ),
+        Backend::Raw => "raw: stonework on the raw file".to_owned(),
         Backend::Direct => "direct: io_uring in the client".to_owned(),
         Backend::Syscalls => "syscalls: pread and pwrite in the client".to_owned(),
     }

@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 use cell::{Backend, Cell};
 use clap::Parser;
 use disk::Disk;
-use harness::peer::Aio;
+use harness::peer::{Aio, Format};
 use load::Measurement;
 use machine::Placement;
 use regex::Regex;
@@ -46,13 +46,12 @@ struct Arguments {
     /// Rows to run, as a regular expression on their names, for example '^read qd32 1q .* cached'
     #[arg(long, default_value = "")]
     rows: Regex,
-    /// Back-ends to run
-    #[arg(
-        long,
-        value_delimiter = ',',
-        default_value = "stonework,qsd,baseline,direct"
-    )]
+    /// Back-ends to run; by default stonework,qsd,baseline,direct, and stonework,qsd,raw for qcow2
+    #[arg(long, value_delimiter = ',')]
     backends: Vec<Backend>,
+    /// What stonework and qsd serve: the raw file, or a qcow2 image of it with every cluster allocated
+    #[arg(long, default_value = "raw", value_parser = ["raw", "qcow2"])]
+    format: String,
     /// Times that each row is measured on each back-end
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
@@ -106,7 +105,20 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
         )
         .into());
     }
-    let mut backends = arguments.backends.clone();
+    let format = match arguments.format.as_str() {
+        "qcow2" => Format::Qcow2,
+        _ => Format::Raw,
+    };
+    let mut backends = match (&*arguments.backends, format) {
+        ([], Format::Raw) => vec![
+            Backend::Stonework,
+            Backend::Qsd,
+            Backend::Baseline,
+            Backend::Direct,
+        ],
+        ([], Format::Qcow2) => vec![Backend::Stonework, Backend::Qsd, Backend::Raw],
+        (chosen, _) => chosen.to_vec(),
+    };
     backends.retain(|backend| {
         let present = backend.is_present();
         if !present {
@@ -115,6 +127,9 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
         present
     });
     let mut disk = Disk::create(&arguments.file, arguments.mebibytes << 20)?;
+    if format == Format::Qcow2 {
+        disk.make_image()?;
+    }
     let placement = Placement::detect()?;
     let mut results = BTreeMap::new();
     let mut outcome = Ok(());
@@ -134,6 +149,7 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
         let seconds = Duration::from_secs_f64(arguments.seconds);
         let mut bench = Bench {
             disk: &disk,
+            format,
             placement: &placement,
             row,
             seconds,
@@ -172,6 +188,7 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
 /// The measurements of one row.
 struct Bench<'a> {
     disk: &'a Disk,
+    format: Format,
     placement: &'a Placement,
     row: Row,
     seconds: Duration,
@@ -242,9 +259,14 @@ impl Bench<'_> {
         aio: Aio,
         seconds: Duration,
     ) -> Result<Measurement, Box<dyn Error>> {
+        let format = match backend {
+            Backend::Stonework | Backend::Qsd => self.format,
+            _ => Format::Raw,
+        };
         let job = load::Job {
             row: self.row,
-            file: self.disk.path(),
+            file: self.disk.file(format),
+            format,
             blocks: self.disk.blocks(),
             seconds,
         };

@@ -24,6 +24,7 @@ pub(crate) fn measure(
 ) -> io::Result<Measurement> {
     let setup = Setup {
         file: job.file,
+        format: job.format,
         queues: job.row.queues,
         direct: job.row.is_direct(),
     };

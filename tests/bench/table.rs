@@ -9,7 +9,12 @@ use crate::row::Row;
 type Results = BTreeMap<Row, Vec<Cell>>;
 
 /// The back-ends that ours is compared with by a ratio.
-const RIVALS: [Backend; 3] = [Backend::Qsd, Backend::Baseline, Backend::Direct];
+const RIVALS: [Backend; 4] = [
+    Backend::Qsd,
+    Backend::Raw,
+    Backend::Baseline,
+    Backend::Direct,
+];
 
 /// Everything: a line per row and back-end.
 pub(crate) fn print_text(heading: &[String], results: &Results) {

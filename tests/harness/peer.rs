@@ -19,7 +19,7 @@ use tempfile::TempDir;
 /// How long an orderly stop may take.
 const STOP_LIMIT: Duration = Duration::from_secs(20);
 
-/// A program that serves a raw file on vhost-user-blk.
+/// A program that serves a file on vhost-user-blk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Program {
     /// `stonework serve`.
@@ -41,11 +41,31 @@ pub enum Aio {
     Native,
 }
 
+/// What a file is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// The disk's bytes.
+    Raw,
+    /// A qcow2 image. Not for `baseline`.
+    Qcow2,
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Format::Raw => "raw",
+            Format::Qcow2 => "qcow2",
+        })
+    }
+}
+
 /// What to serve, and how.
 #[derive(Debug, Clone, Copy)]
 pub struct Setup<'a> {
-    /// A raw file.
+    /// Which file.
     pub file: &'a Path,
+    /// What it is.
+    pub format: Format,
     /// Virtqueues to offer.
     pub queues: usize,
     /// Whether the file is opened with O_DIRECT.
@@ -79,15 +99,23 @@ impl Program {
         let line = match self {
             Program::Stonework => {
                 let cache = if setup.direct { "none" } else { "writeback" };
+                let format = setup.format;
                 format!(
-                    "serve {file} --format raw --socket {socket} --queues {queues} --cache {cache}"
+                    "serve {file} --format {format} --socket {socket} --queues {queues} --cache {cache}"
                 )
             }
             Program::StorageDaemon(aio) => {
                 let direct = if setup.direct { "on" } else { "off" };
+                let (file_name, image) = match setup.format {
+                    Format::Raw => ("disk0", ""),
+                    Format::Qcow2 => (
+                        "file0",
+                        "--blockdev driver=qcow2,node-name=disk0,file=file0,discard=unmap",
+                    ),
+                };
                 format!(
-                    "--object iothread,id=io0 --blockdev driver=file,node-name=disk0,\
-                     filename={file},cache.direct={direct},aio={aio},discard=unmap \
+                    "--object iothread,id=io0 --blockdev driver=file,node-name={file_name},\
+                     filename={file},cache.direct={direct},aio={aio},discard=unmap {image} \
                      --export type=vhost-user-blk,id=export0,node-name=disk0,addr.type=unix,\
                      addr.path={socket},writable=on,num-queues={queues},iothread=io0"
                 )

@@ -155,9 +155,9 @@ impl Model {
         let mut completed = 0;
         while begin.elapsed() < time {
             for (queue, busy) in queues.iter_mut().zip(&mut busy) {
-                for slot in 0..DEPTH {
-                    if busy[slot].is_none() {
-                        busy[slot] = self.start(queue, slot);
+                for (slot, busy) in busy.iter_mut().enumerate() {
+                    if busy.is_none() {
+                        *busy = self.start(queue, slot);
                     }
                 }
                 queue.kick().expect("it listens");
@@ -247,7 +247,7 @@ impl Model {
 
     fn check_all(&mut self, queue: &mut Queue, when: &str) {
         let mut next = 0;
-        let mut in_flight = vec![None; DEPTH];
+        let mut in_flight = [None; DEPTH];
         let mut left = self.blocks.len();
         while left > 0 {
             for (slot, flying) in in_flight.iter_mut().enumerate() {

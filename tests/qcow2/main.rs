@@ -2,6 +2,7 @@
 
 mod differential;
 mod grow;
+mod hostile;
 mod killed;
 mod power;
 mod race;

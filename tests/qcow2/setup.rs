@@ -79,12 +79,21 @@ impl Process {
 
     /// Opens what options describe, for writing.
     pub(crate) fn open(&self, options: &str) -> Result<Disk, Error> {
+        let mut spec = RootSpec::writer("a test");
+        spec.needs |= Permissions::RESIZE;
+        self.open_for(options, spec)
+    }
+
+    /// As [`open`](Self::open), for reading only.
+    pub(crate) fn open_to_read(&self, options: &str) -> Result<Disk, Error> {
+        self.open_for(options, RootSpec::reader("a test"))
+    }
+
+    fn open_for(&self, options: &str, spec: RootSpec) -> Result<Disk, Error> {
         let control = self.control.clone();
         let options = Options::parse(&format!("node-name=disk,{options}"), None)?;
         let (root, id) = self.context.block_on(async move {
             control.add(options).await?;
-            let mut spec = RootSpec::writer("a test");
-            spec.needs |= Permissions::RESIZE;
             let id = control.add_root("disk", spec).await?;
             Ok::<_, Error>((control.root_here(id)?, id))
         })?;
@@ -98,6 +107,14 @@ impl Process {
 }
 
 impl Disk {
+    /// What a request, or several, give.
+    pub(crate) fn run<T: 'static, F>(&self, requests: impl FnOnce(Rc<Root>) -> F) -> T
+    where
+        F: Future<Output = T> + 'static,
+    {
+        self.context.block_on(requests(Rc::clone(&self.root)))
+    }
+
     pub(crate) fn read(&self, offset: u64, bytes: u64) -> Vec<u8> {
         let root = Rc::clone(&self.root);
         self.context.block_on(async move {

@@ -54,6 +54,8 @@ pub(super) struct Image {
     pub(super) header: Mutex<Header>,
     pub(super) l1: Mutex<L1>,
     pub(super) cache: SliceCache,
+    /// Binary logarithm of a slice's entries.
+    pub(super) slice_bits: u32,
     /// Loads of slices, and, far away from these, of refcount blocks.
     pub(super) loads: Tracker,
     pub(super) refcounts: Refcounts,

@@ -9,7 +9,7 @@ use blockcore::io::Io;
 use super::cache::SliceNumber;
 use super::image::{BACKING, Image, TURN_BITS, read_bytes};
 use super::layout::bytes::words;
-use super::layout::entry::{COPIED, CompressedExtent, Kind, L1Entry, L2Entry};
+use super::layout::entry::{self, COPIED, CompressedExtent, Kind, L1Entry, L2Entry};
 use super::layout::{Geometry, HostOffset};
 use super::segment::Record;
 
@@ -49,17 +49,15 @@ struct SlicePlace {
 impl Image {
     /// Entries of a slice.
     pub(super) fn slice_entries(&self) -> u64 {
-        (self.cache.slice_words() / self.geometry.entry_words()) as u64
+        1 << self.slice_bits
     }
 
     /// Which slice has a cluster's entry, and at which of its words.
     #[inline]
     pub(super) fn locate(&self, cluster: u64) -> (SliceNumber, usize) {
-        let entries = self.slice_entries();
-        // Both are powers of two.
-        let index = cluster & (entries - 1);
+        let index = cluster & (self.slice_entries() - 1);
         (
-            cluster >> entries.trailing_zeros(),
+            cluster >> self.slice_bits,
             index as usize * self.geometry.entry_words(),
         )
     }
@@ -106,8 +104,37 @@ impl Image {
     /// For the path without a task: see [`blockcore::driver::DriverIo::map`].
     #[inline]
     pub(super) fn map_fast(&self, write: bool, offset: u64, bytes: u64) -> Mapping {
+        if let Some(place) = self.map_in_cluster(write, offset, bytes) {
+            return place;
+        }
         self.try_map_fast(write, offset, bytes)
             .unwrap_or(Mapping::Ask)
+    }
+
+    /// Most requests: inside of one cluster, which is data and has no subclusters.
+    #[inline]
+    fn map_in_cluster(&self, write: bool, offset: u64, bytes: u64) -> Option<Mapping> {
+        let g = &self.geometry;
+        // Where it wraps it is in another cluster.
+        let last = offset.wrapping_add(bytes - 1);
+        let cluster = offset >> g.cluster_bits;
+        if g.extended || last >> g.cluster_bits != cluster || last >= self.bytes() {
+            return None;
+        }
+        let index = cluster & ((1 << self.slice_bits) - 1);
+        let slice = cluster >> self.slice_bits;
+        let (word, _) = self.cache.get(slice, index as usize, false)?;
+        let host = entry::plain_host(word, write)?;
+        if !g.is_aligned(host.0) || self.broken.load(Ordering::Relaxed) {
+            return None;
+        }
+        if write && !g.data_file && self.metadata.is_in_cluster(host) {
+            return None;
+        }
+        Some(Mapping::Child {
+            index: self.data_child(),
+            offset: host.0 + g.offset_in_cluster(offset),
+        })
     }
 
     #[inline]

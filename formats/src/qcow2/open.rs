@@ -161,6 +161,7 @@ pub(super) async fn open_image(
             entries: l1,
             dirty: BTreeSet::new(),
         }),
+        slice_bits: (sizes.slice_bytes / geometry.entry_bytes()).trailing_zeros(),
         cache: SliceCache::new(sizes.slice_bytes as usize / 8, sizes.slices),
         loads: Tracker::default(),
         refcounts: Refcounts::new(

@@ -39,70 +39,71 @@ impl Metadata {
 
     /// Whether there can be metadata at an offset: not further out than this table reaches.
     pub(crate) fn reaches(&self, host: HostOffset) -> bool {
-        self.window(host.0).0 < self.windows.len()
+        self.window(host.0) < self.windows.len()
     }
 
     /// The clusters that the range touches hold metadata from now on.
     pub(crate) fn add(&self, host: HostOffset, bytes: u64) {
-        self.each(host, bytes, |window, within| {
+        self.each(host, bytes, |offset| {
+            let window = self.window(offset);
             let bits = self.windows[window].get_or_init(|| self.bits(window));
-            bits.set(within, 1);
-            false
+            bits.set(offset, 1);
         });
     }
 
     /// They hold no metadata any more.
     pub(crate) fn remove(&self, host: HostOffset, bytes: u64) {
         let cluster = self.geometry.cluster_bytes();
-        self.each(host, bytes, |window, within| {
-            if let Some(bits) = self.windows[window].get() {
-                bits.clear(self.geometry.cluster_start(within), cluster);
+        self.each(host, bytes, |offset| {
+            if let Some(bits) = self.windows[self.window(offset)].get() {
+                bits.clear(offset, cluster);
             }
-            false
         });
     }
 
     /// Whether the range touches a cluster with metadata.
     #[inline]
     pub(crate) fn overlaps(&self, host: HostOffset, bytes: u64) -> bool {
-        self.each(host, bytes, |window, within| {
-            match self.windows.get(window) {
-                Some(bits) => bits.get().is_some_and(|bits| bits.get(within)),
-                // Nothing of ours is so far out, and nothing will be written there.
-                None => true,
-            }
-        })
-    }
-
-    /// Calls `look` for each cluster of a range until it says yes, and returns whether it did.
-    #[inline]
-    fn each(&self, host: HostOffset, bytes: u64, look: impl Fn(usize, u64) -> bool) -> bool {
-        let mut offset = self.geometry.cluster_start(host.0);
-        while offset < host.0 + bytes {
-            let (window, within) = self.window(offset);
-            if look(window, within) {
+        let end = host.0 + bytes;
+        let mut cluster = HostOffset(self.geometry.cluster_start(host.0));
+        while cluster.0 < end {
+            if self.is_in_cluster(cluster) {
                 return true;
             }
-            offset += self.geometry.cluster_bytes();
+            cluster.0 += self.geometry.cluster_bytes();
         }
         false
     }
 
-    /// Which window an offset lies in, and where there.
+    /// Whether the cluster that an offset lies in holds metadata.
     #[inline]
-    fn window(&self, offset: u64) -> (usize, u64) {
-        let cluster = offset >> self.geometry.cluster_bits;
-        let bits = u64::BITS - cluster.leading_zeros();
-        let begin = (1_u64 << bits) >> 1;
-        (
-            bits as usize,
-            offset - (begin << self.geometry.cluster_bits),
-        )
+    pub(crate) fn is_in_cluster(&self, host: HostOffset) -> bool {
+        match self.windows.get(self.window(host.0)) {
+            Some(bits) => bits.get().is_some_and(|bits| bits.get(host.0)),
+            // Nothing of ours is so far out, and nothing will be written there.
+            None => true,
+        }
     }
 
+    /// Calls `change` with the beginning of each cluster of a range.
+    fn each(&self, host: HostOffset, bytes: u64, change: impl Fn(u64)) {
+        let mut offset = self.geometry.cluster_start(host.0);
+        while offset < host.0 + bytes {
+            change(offset);
+            offset += self.geometry.cluster_bytes();
+        }
+    }
+
+    /// Which window an offset lies in.
+    #[inline]
+    fn window(&self, offset: u64) -> usize {
+        let cluster = offset >> self.geometry.cluster_bits;
+        (u64::BITS - cluster.leading_zeros()) as usize
+    }
+
+    /// The bits of a window. They begin with the image, and no memory is taken for those before the window.
     fn bits(&self, window: usize) -> Bits {
-        let clusters = (1_u64 << window) >> 1;
-        let bytes = clusters.max(1) << self.geometry.cluster_bits;
+        let bytes = (1_u64 << window) << self.geometry.cluster_bits;
         Bits::new(bytes, self.geometry.cluster_bytes()).expect("windows are small enough")
     }
 }

@@ -37,6 +37,18 @@ impl L1Entry {
     }
 }
 
+/// Where all of a cluster is, if its entry, which is not extended, says nothing but that; and, with
+/// `in_place`, that it may be written there.
+#[inline]
+pub(crate) fn plain_host(word: u64, in_place: bool) -> Option<HostOffset> {
+    let (looked_at, wanted) = match in_place {
+        true => (COMPRESSED | ZERO | COPIED, COPIED),
+        false => (COMPRESSED | ZERO, 0),
+    };
+    let host = word & OFFSET_MASK;
+    (word & looked_at == wanted && host != 0).then_some(HostOffset(host))
+}
+
 /// An L2 entry, extended or not: an extended one's word and bitmap, or what they would be for a cluster
 /// with one subcluster.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
