@@ -245,14 +245,15 @@ impl Image {
                 }
                 Ok(run) => from = run.start + run.count,
                 Err(missing) => {
-                    if let Missing::Make(block) = missing {
+                    let counts = self.geometry.block_counts();
+                    let block = match missing {
+                        Missing::Load(block, _) => block,
                         // What is made there is not free: a run goes on behind it at the earliest.
-                        let counts = self.geometry.block_counts();
-                        if count >= counts {
-                            return Err(IoError::NoSpace);
-                        }
-                        from = from.max(block * counts);
-                    }
+                        Missing::Make(_) if count >= counts => return Err(IoError::NoSpace),
+                        Missing::Make(block) => block,
+                    };
+                    // Nothing before it is free; and blocks there may be forgotten for this one.
+                    from = from.max(block * counts);
                     self.supply(io, missing).await?;
                 }
             }

@@ -182,6 +182,14 @@ impl Image {
         *self.options.lock().expect("no panic while looking")
     }
 
+    /// Entries that bytes are written in place by may be in this process's memory only, though what completes
+    /// is to outlive it: the request waits for a round.
+    pub(super) fn may_lose_entries(&self) -> bool {
+        let segment = self.segment.as_ref();
+        let is_recorded = || segment.is_some_and(|segment| segment.is_open());
+        self.must_outlive && !is_recorded() && self.cache.dirty_count() > 0
+    }
+
     /// Fails once the image was found to be broken.
     pub(super) fn check_whole(&self) -> Result<(), IoError> {
         match self.broken.load(Ordering::Acquire) {

@@ -104,6 +104,9 @@ impl Image {
     /// For the path without a task: see [`blockcore::driver::DriverIo::map`].
     #[inline]
     pub(super) fn map_fast(&self, write: bool, offset: u64, bytes: u64) -> Mapping {
+        if write && self.segment.is_none() && self.may_lose_entries() {
+            return Mapping::Ask;
+        }
         if let Some(place) = self.map_in_cluster(write, offset, bytes) {
             return place;
         }

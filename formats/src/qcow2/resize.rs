@@ -7,9 +7,9 @@ use blockcore::io::buffer::Segments;
 
 use super::alloc::Class;
 use super::image::{FILE, Image, write_bytes};
-use super::layout::HostOffset;
-use super::layout::entry::{Kind, L1Entry, L2Entry};
+use super::layout::entry::{L1Entry, L2Entry};
 use super::layout::header::MAX_L1_BYTES;
+use super::layout::{Geometry, HostOffset};
 use super::limbo::{Cause, Freed};
 
 /// Where in the header the length is.
@@ -108,14 +108,14 @@ impl Image {
             let table_end = (self.l1_index(next) as u64 + 1) * g.table_covers();
             let until = bytes.min(table_end).min(next + PIECE_BYTES);
             let first = next >> g.cluster_bits;
-            let wanted = g.clusters(until) - first;
-            let _turn = self
-                .turns
-                .begin(next, g.clusters(until) << g.cluster_bits, true)
-                .await;
+            let end = g.clusters(until);
+            let _turn = self.turns.begin(next, end << g.cluster_bits, true).await;
             self.own_table(io, self.l1_index(next)).await?;
-            let entry = self.entry(io, first).await?;
-            if entry.host(g).is_some() || entry.is_compressed() {
+            let mut wanted = 0;
+            while first + wanted < end && !has_place(self.entry(io, first + wanted).await?, g) {
+                wanted += 1;
+            }
+            if wanted == 0 {
                 next += g.cluster_bytes();
                 continue;
             }
@@ -147,14 +147,9 @@ impl Image {
                     child.write_zeroes(host, length, ZeroFlags::empty()).await?;
                 }
             }
-            self.publish(io, first, place.count, |cluster, old| {
-                match old.is_all(Kind::Absent, g) || old.is_all(Kind::Zero, g) {
-                    true => {
-                        let host = (place.start + cluster - first) << g.cluster_bits;
-                        L2Entry::data(HostOffset(host), g)
-                    }
-                    false => old,
-                }
+            self.publish(io, first, place.count, |cluster, _| {
+                let host = (place.start + cluster - first) << g.cluster_bits;
+                L2Entry::data(HostOffset(host), g)
             })
             .await?;
             next += length;
@@ -266,4 +261,9 @@ impl Image {
         }
         Ok(())
     }
+}
+
+/// Whether a cluster needs no other place to be written to.
+fn has_place(entry: L2Entry, g: Geometry) -> bool {
+    entry.host(g).is_some() || entry.is_compressed()
 }

@@ -218,7 +218,7 @@ impl CrashSegment {
     }
 
     /// Whether what changes is recorded.
-    fn is_open(&self) -> bool {
+    pub(super) fn is_open(&self) -> bool {
         let overflows = self.overflows.load(Ordering::SeqCst);
         overflows == self.made_up_for.load(Ordering::SeqCst) && !self.closed.load(Ordering::Acquire)
     }

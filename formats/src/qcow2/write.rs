@@ -101,7 +101,11 @@ impl Image {
         self.check_free_of_metadata(io, host, extent.bytes).await?;
         io.child(FILE).event("write_aio").await?;
         let flags = WriteFlags::empty();
-        io.child(child).write(host.0, from, flags).await
+        io.child(child).write(host.0, from, flags).await?;
+        match self.may_lose_entries() {
+            true => self.commit(io).await,
+            false => Ok(()),
+        }
     }
 
     /// No guest's data is written over metadata, whatever the tables say.

@@ -428,7 +428,12 @@ impl Life {
             true => drop(disk.history().begin_write(0, bytes, before - bytes)),
             false => disk.history().set_bytes(bytes),
         }
-        let resized = self.control.resize("disk", bytes, Preallocation::Off).await;
+        let preallocation = match (bytes > before, disk.below(6)) {
+            (true, 0) => Preallocation::Metadata,
+            (true, 1) => Preallocation::Full,
+            _ => Preallocation::Off,
+        };
+        let resized = self.control.resize("disk", bytes, preallocation).await;
         disk.count(|totals| &mut totals.resizes);
         match resized {
             Ok(()) => {

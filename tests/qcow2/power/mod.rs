@@ -30,7 +30,7 @@ use judge::{Image, Judge};
 use life::Life;
 
 /// Seeds tried when nothing is said.
-const DEFAULT_SEEDS: u64 = 450;
+const DEFAULT_SEEDS: u64 = 520;
 /// Simulated time after which a wait that has not ended is stuck.
 const LIMIT: Duration = Duration::from_secs(600);
 /// How many states are drawn at one moment at most.
@@ -81,6 +81,7 @@ impl Totals {
         assert!(self.requests > 10_000 && self.fast > 500, "{self:?}");
         assert!(self.failed > 100 && self.states > 20_000, "{self:?}");
         assert!(self.closed > 80 && self.kills > 80, "{self:?}");
+        assert!(self.recovered > 80, "{self:?}");
         assert!(self.power_cuts > 150 && self.resizes > 100, "{self:?}");
         assert!(self.compressed > 300 && self.flushes > 300, "{self:?}");
     }
