@@ -3,3 +3,4 @@
 mod differential;
 mod killed;
 mod setup;
+mod snapshot;

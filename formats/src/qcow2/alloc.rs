@@ -268,7 +268,7 @@ impl Image {
     }
 
     /// Sees to it that the file reaches `end`: what is reserved lies inside of it.
-    async fn lengthen(&self, io: Io<'_>, end: u64) -> Result<(), IoError> {
+    pub(super) async fn lengthen(&self, io: Io<'_>, end: u64) -> Result<(), IoError> {
         if end <= io.child(FILE).bytes() {
             return Ok(());
         }
@@ -284,7 +284,7 @@ impl Image {
         }
     }
 
-    async fn load_block(
+    pub(super) async fn load_block(
         &self,
         io: Io<'_>,
         block: BlockNumber,
@@ -450,6 +450,21 @@ impl Image {
         }
     }
 
+    /// Where a refcount block is, and what it holds; `None` if there is none.
+    pub(super) async fn block_counts(
+        &self,
+        io: Io<'_>,
+        block: BlockNumber,
+    ) -> Result<Option<(HostOffset, Vec<u8>)>, IoError> {
+        loop {
+            match self.refcounts.copy(block) {
+                Ok(counts) => return Ok(Some(counts)),
+                Err(Missing::Load(block, place)) => self.load_block(io, block, place).await?,
+                Err(Missing::Make(_)) => return Ok(None),
+            }
+        }
+    }
+
     async fn bad_count(&self, io: Io<'_>, cluster: ClusterNumber, count: u64) -> IoError {
         let cluster_bytes = self.geometry.cluster_bytes();
         let host = HostOffset(cluster << self.geometry.cluster_bits);
@@ -496,7 +511,6 @@ impl Image {
         let options = self.options();
         let pass = match cause {
             Cause::Request => options.pass_discard_request,
-            Cause::Snapshot => options.pass_discard_snapshot,
             Cause::Other => options.pass_discard_other,
         };
         // Before anybody can have it.

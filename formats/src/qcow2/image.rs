@@ -30,6 +30,7 @@ use super::limbo::Limbo;
 use super::overlap::Metadata;
 use super::refcount::Refcounts;
 use super::segment::{CrashSegment, Record};
+use super::snapshot::Snapshots;
 use crate::rounds::Rounds;
 
 /// The child that holds the image.
@@ -52,6 +53,7 @@ pub(super) struct Image {
     /// As it is in the image.
     pub(super) header: Mutex<Header>,
     pub(super) l1: Mutex<L1>,
+    pub(super) snapshots: Mutex<Snapshots>,
     pub(super) cache: SliceCache,
     /// Loads of slices, and, far away from these, of refcount blocks.
     pub(super) loads: Tracker,

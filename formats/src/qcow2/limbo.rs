@@ -27,8 +27,6 @@ pub(crate) struct Freed {
 pub(crate) enum Cause {
     /// The guest discarded it or let it be zeroed.
     Request,
-    /// A snapshot that had it was deleted.
-    Snapshot,
     /// Anything else.
     Other,
 }

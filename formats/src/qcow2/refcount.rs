@@ -151,6 +151,18 @@ impl Refcounts {
         }
     }
 
+    /// Where a block is, and a copy of it.
+    ///
+    /// # Errors
+    ///
+    /// [`Missing`].
+    pub(crate) fn copy(&self, number: BlockNumber) -> Result<(HostOffset, Vec<u8>), Missing> {
+        let mut inner = self.lock();
+        let counts = inner.block(number)?.counts.to_vec();
+        let place = inner.table[number as usize] & OFFSET_MASK;
+        Ok((HostOffset(place), counts))
+    }
+
     /// Adds to a cluster's count, and gives what it is then; or why that cannot be.
     ///
     /// # Errors
