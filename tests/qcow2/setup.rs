@@ -86,7 +86,11 @@ impl Process {
         let options = Options::parse(&format!("node-name=view,read-only=on,{options}"), None)?;
         self.context.block_on(async move {
             control.add(options).await?;
-            let id = control.add_root("view", RootSpec::reader("a test")).await?;
+            let spec = RootSpec {
+                shares: Permissions::all(),
+                ..RootSpec::reader("a test")
+            };
+            let id = control.add_root("view", spec).await?;
             let root = control.root_here(id)?;
             let into = Segments::allocate(root.bytes() as usize, 4096);
             let read = root.read(0, into.clone()).await;

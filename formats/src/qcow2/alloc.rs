@@ -244,13 +244,13 @@ impl Image {
                 }
                 Ok(run) => from = run.start + run.count,
                 Err(missing) => {
-                    if let Missing::Make(block) = missing {
-                        // What is made there is not free: a run goes on behind it at the earliest.
-                        let counts = self.geometry.block_counts();
-                        if count >= counts {
-                            return Err(IoError::NoSpace);
-                        }
-                        from = from.max(block * counts);
+                    let counts = self.geometry.block_counts();
+                    let (Missing::Make(block) | Missing::Load(block, _)) = missing;
+                    // All before it is taken, and need not be in memory for another look.
+                    from = from.max(block * counts);
+                    // What is made there is not free: a run goes on behind it at the earliest.
+                    if matches!(missing, Missing::Make(_)) && count >= counts {
+                        return Err(IoError::NoSpace);
                     }
                     self.supply(io, missing).await?;
                 }

@@ -189,9 +189,16 @@ fn our_turn(
 ) {
     let process = Process::new();
     let file = format!("file.driver=file,file.filename={}", text(image));
-    let mut disk = process
-        .open(&format!("{},{file}", case.open))
-        .expect("it can be opened");
+    let options = format!("{},{file}", case.open);
+    let mut disk = loop {
+        match process.open(&options) {
+            // The host closes a reader's file when it comes to it.
+            Err(error) if error.kind() == ErrorKind::Busy => {
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            }
+            opened => break opened.expect("it can be opened"),
+        }
+    };
     for _ in 0..3 + random.below(8) {
         disk = our_operation(case, disk, random, model, totals);
     }

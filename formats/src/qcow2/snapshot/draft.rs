@@ -131,6 +131,10 @@ impl<'a> Draft<'a> {
                 Ok(run) => run,
                 Err(Missing::Load(block, place)) => {
                     self.image.load_block(self.io, block, place).await?;
+                    if block * per_block > from {
+                        // All before it is taken, and need not be in memory for another look.
+                        (start, count) = (block * per_block, 0);
+                    }
                     continue;
                 }
                 Err(Missing::Make(block)) => {
