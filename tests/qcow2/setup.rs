@@ -80,35 +80,25 @@ impl Process {
         Self { context, control }
     }
 
-    /// What a reader finds on what options describe.
-    pub(crate) fn read_all(&self, options: &str) -> Result<Vec<u8>, Error> {
-        let control = self.control.clone();
-        let options = Options::parse(&format!("node-name=view,read-only=on,{options}"), None)?;
-        self.context.block_on(async move {
-            control.add(options).await?;
-            let spec = RootSpec {
-                shares: Permissions::all(),
-                ..RootSpec::reader("a test")
-            };
-            let id = control.add_root("view", spec).await?;
-            let root = control.root_here(id)?;
-            let into = Segments::allocate(root.bytes() as usize, 4096);
-            let read = root.read(0, into.clone()).await;
-            drop(root);
-            control.remove_root(id).await?;
-            control.remove("view").await?;
-            read.expect("it can be read");
-            Ok(into.to_vec())
-        })
-    }
-
     /// Opens what options describe, for writing.
     pub(crate) fn open(&self, options: &str) -> Result<Disk, Error> {
+        self.open_for(options, true)
+    }
+
+    /// What a reader finds on what options describe.
+    pub(crate) fn read_all(&self, options: &str) -> Result<Vec<u8>, Error> {
+        let disk = self.open_for(&format!("read-only=on,{options}"), false)?;
+        let bytes = disk.read(0, disk.root.bytes());
+        disk.close()?;
+        Ok(bytes)
+    }
+
+    fn open_for(&self, options: &str, writes: bool) -> Result<Disk, Error> {
         let control = self.control.clone();
         let options = Options::parse(&format!("node-name=disk,{options}"), None)?;
         let (root, id) = self.context.block_on(async move {
             control.add(options).await?;
-            use_it(&control, true).await
+            use_it(&control, writes).await
         })?;
         Ok(Disk {
             context: Rc::clone(&self.context),
@@ -287,10 +277,13 @@ impl Disk {
             id,
         } = self;
         drop(root);
-        context.block_on(async move {
+        let closed = context.block_on(async move {
             control.remove_root(id).await?;
             control.remove("disk").await
-        })
+        });
+        // The context lets go of the root, and so of itself, at its next turn.
+        context.turn(&mut Vec::new());
+        closed
     }
 }
 
