@@ -7,3 +7,4 @@ mod killed;
 mod power;
 mod race;
 mod setup;
+mod snapshot;

@@ -5,7 +5,10 @@ use std::process::{Command, Output};
 use std::rc::Rc;
 
 use blockcore::Error;
-use blockcore::driver::{Preallocation, Status, StatusFlags, TruncateFlags, WriteFlags, ZeroFlags};
+use blockcore::driver::{
+    Preallocation, SnapshotInfo, SnapshotRef, SnapshotSpec, Status, StatusFlags, TruncateFlags,
+    WriteFlags, ZeroFlags,
+};
 use blockcore::engine::{EngineChoice, make};
 use blockcore::graph::permission::Permissions;
 use blockcore::graph::{Control, Graph, RootId, RootSpec};
@@ -79,23 +82,28 @@ impl Process {
 
     /// Opens what options describe, for writing.
     pub(crate) fn open(&self, options: &str) -> Result<Disk, Error> {
-        let mut spec = RootSpec::writer("a test");
-        spec.needs |= Permissions::RESIZE;
-        self.open_for(options, spec)
+        self.open_for(options, true)
     }
 
     /// As [`open`](Self::open), for reading only.
     pub(crate) fn open_to_read(&self, options: &str) -> Result<Disk, Error> {
-        self.open_for(options, RootSpec::reader("a test"))
+        self.open_for(options, false)
     }
 
-    fn open_for(&self, options: &str, spec: RootSpec) -> Result<Disk, Error> {
+    /// What a reader finds on what options describe.
+    pub(crate) fn read_all(&self, options: &str) -> Result<Vec<u8>, Error> {
+        let disk = self.open_to_read(&format!("read-only=on,{options}"))?;
+        let bytes = disk.read(0, disk.root.bytes());
+        disk.close()?;
+        Ok(bytes)
+    }
+
+    fn open_for(&self, options: &str, writes: bool) -> Result<Disk, Error> {
         let control = self.control.clone();
         let options = Options::parse(&format!("node-name=disk,{options}"), None)?;
         let (root, id) = self.context.block_on(async move {
             control.add(options).await?;
-            let id = control.add_root("disk", spec).await?;
-            Ok::<_, Error>((control.root_here(id)?, id))
+            use_it(&control, writes).await
         })?;
         Ok(Disk {
             context: Rc::clone(&self.context),
@@ -106,6 +114,19 @@ impl Process {
     }
 }
 
+/// A root at the disk that is open.
+async fn use_it(control: &Control, writes: bool) -> Result<(Rc<Root>, RootId), Error> {
+    let mut spec = match writes {
+        true => RootSpec::writer("a test"),
+        false => RootSpec::reader("a test"),
+    };
+    if writes {
+        spec.needs |= Permissions::RESIZE;
+    }
+    let id = control.add_root("disk", spec).await?;
+    Ok((control.root_here(id)?, id))
+}
+
 impl Disk {
     /// What a request, or several, give.
     pub(crate) fn run<T: 'static, F>(&self, requests: impl FnOnce(Rc<Root>) -> F) -> T
@@ -113,6 +134,58 @@ impl Disk {
         F: Future<Output = T> + 'static,
     {
         self.context.block_on(requests(Rc::clone(&self.root)))
+    }
+
+    /// Does something to the disk with the control API.
+    fn control<T: 'static, F>(&self, work: impl FnOnce(Control) -> F) -> Result<T, Error>
+    where
+        F: Future<Output = Result<T, Error>> + 'static,
+    {
+        self.context.block_on(work(self.control.clone()))
+    }
+
+    pub(crate) fn take_snapshot(&self, spec: SnapshotSpec) -> Result<(), Error> {
+        self.control(|control| async move { control.take_snapshot("disk", spec).await })
+    }
+
+    pub(crate) fn delete_snapshot(&self, which: SnapshotRef) -> Result<SnapshotInfo, Error> {
+        self.control(|control| async move { control.delete_snapshot("disk", &which).await })
+    }
+
+    /// Applies a snapshot, while nobody uses the disk.
+    pub(crate) fn apply_snapshot(mut self, which: SnapshotRef) -> Result<Self, Error> {
+        let (root, id) = (self.root, self.id);
+        let control = self.control.clone();
+        (self.root, self.id) = self.context.block_on(async move {
+            drop(root);
+            control.remove_root(id).await?;
+            control.apply_snapshot("disk", &which).await?;
+            use_it(&control, true).await
+        })?;
+        Ok(self)
+    }
+
+    pub(crate) fn snapshots(&self) -> Vec<SnapshotInfo> {
+        let list = self.control(|control| async move { control.snapshots("disk").await });
+        list.expect("images have them")
+    }
+
+    pub(crate) fn save_vm_state(&self, offset: u64, bytes: &[u8]) {
+        let from = Segments::allocate(bytes.len(), 4096);
+        from.copy_from(bytes);
+        let saved = self
+            .control(|control| async move { control.save_vm_state("disk", offset, from).await });
+        saved.expect("it can be saved");
+    }
+
+    pub(crate) fn load_vm_state(&self, offset: u64, bytes: u64) -> Vec<u8> {
+        let into = Segments::allocate(bytes as usize, 4096);
+        into.fill(0x5a);
+        let given = into.clone();
+        let loaded = self
+            .control(|control| async move { control.load_vm_state("disk", offset, given).await });
+        loaded.expect("it can be loaded");
+        into.to_vec()
     }
 
     pub(crate) fn read(&self, offset: u64, bytes: u64) -> Vec<u8> {
@@ -217,10 +290,13 @@ impl Disk {
             id,
         } = self;
         drop(root);
-        context.block_on(async move {
+        let closed = context.block_on(async move {
             control.remove_root(id).await?;
             control.remove("disk").await
-        })
+        });
+        // The context lets go of the root, and so of itself, at its next turn.
+        context.turn(&mut Vec::new());
+        closed
     }
 }
 

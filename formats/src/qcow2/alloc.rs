@@ -246,14 +246,13 @@ impl Image {
                 Ok(run) => from = run.start + run.count,
                 Err(missing) => {
                     let counts = self.geometry.block_counts();
-                    let block = match missing {
-                        Missing::Load(block, _) => block,
-                        // What is made there is not free: a run goes on behind it at the earliest.
-                        Missing::Make(_) if count >= counts => return Err(IoError::NoSpace),
-                        Missing::Make(block) => block,
-                    };
-                    // Nothing before it is free; and blocks there may be forgotten for this one.
+                    let (Missing::Make(block) | Missing::Load(block, _)) = missing;
+                    // All before it is taken, and need not be in memory for another look.
                     from = from.max(block * counts);
+                    // What is made there is not free: a run goes on behind it at the earliest.
+                    if matches!(missing, Missing::Make(_)) && count >= counts {
+                        return Err(IoError::NoSpace);
+                    }
                     self.supply(io, missing).await?;
                 }
             }
@@ -270,7 +269,7 @@ impl Image {
     }
 
     /// Sees to it that the file reaches `end`: what is reserved lies inside of it.
-    async fn lengthen(&self, io: Io<'_>, end: u64) -> Result<(), IoError> {
+    pub(super) async fn lengthen(&self, io: Io<'_>, end: u64) -> Result<(), IoError> {
         if end <= io.child(FILE).bytes() {
             return Ok(());
         }
@@ -286,7 +285,7 @@ impl Image {
         }
     }
 
-    async fn load_block(
+    pub(super) async fn load_block(
         &self,
         io: Io<'_>,
         block: BlockNumber,
@@ -452,6 +451,21 @@ impl Image {
         }
     }
 
+    /// Where a refcount block is, and what it holds; `None` if there is none.
+    pub(super) async fn block_counts(
+        &self,
+        io: Io<'_>,
+        block: BlockNumber,
+    ) -> Result<Option<(HostOffset, Vec<u8>)>, IoError> {
+        loop {
+            match self.refcounts.copy(block) {
+                Ok(counts) => return Ok(Some(counts)),
+                Err(Missing::Load(block, place)) => self.load_block(io, block, place).await?,
+                Err(Missing::Make(_)) => return Ok(None),
+            }
+        }
+    }
+
     async fn bad_count(&self, io: Io<'_>, cluster: ClusterNumber, count: u64) -> IoError {
         let cluster_bytes = self.geometry.cluster_bytes();
         let host = HostOffset(cluster << self.geometry.cluster_bits);
@@ -518,7 +532,6 @@ impl Image {
         let options = self.options();
         let pass = match cause {
             Cause::Request => options.pass_discard_request,
-            Cause::Snapshot => options.pass_discard_snapshot,
             Cause::Other => options.pass_discard_other,
         };
         // Nobody packs compressed data behind what was there from here on.

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use blockcore::driver::{
-    Activation, BackingName, Driver, Limits, OpenModes, ReopenRequest, Reopened, Role, WriteFlags,
+    Activation, BackingName, Driver, Limits, OpenModes, ReopenRequest, Reopened, Role,
+    SnapshotInfo, SnapshotRef, SnapshotSpec, WriteFlags,
 };
 use blockcore::engine::HostCall;
 use blockcore::io::buffer::Segments;
@@ -220,6 +221,86 @@ impl Driver for Qcow2Driver {
 
     fn has_zero_init(&self) -> bool {
         !self.image.geometry.data_file
+    }
+
+    fn has_snapshots(&self) -> bool {
+        true
+    }
+
+    fn snapshots(&self) -> Vec<SnapshotInfo> {
+        self.image.snapshots().infos()
+    }
+
+    fn snapshot_create(
+        &mut self,
+        root: Rc<Root>,
+        spec: SnapshotSpec,
+    ) -> LocalBoxFuture<'_, Result<(), Error>> {
+        async move {
+            let request = root.enter(RequestKind::Write, 0, 0).await;
+            self.image.take_snapshot(request.io(), &spec).await
+        }
+        .boxed_local()
+    }
+
+    fn snapshot_apply<'a>(
+        &'a mut self,
+        root: Rc<Root>,
+        snapshot: &'a SnapshotRef,
+    ) -> LocalBoxFuture<'a, Result<(), Error>> {
+        async move {
+            let request = root.enter(RequestKind::Write, 0, 0).await;
+            self.image.apply_snapshot(request.io(), snapshot).await
+        }
+        .boxed_local()
+    }
+
+    fn snapshot_delete<'a>(
+        &'a mut self,
+        root: Rc<Root>,
+        snapshot: &'a SnapshotRef,
+    ) -> LocalBoxFuture<'a, Result<(), Error>> {
+        async move {
+            let request = root.enter(RequestKind::Write, 0, 0).await;
+            self.image.delete_snapshot(request.io(), snapshot).await
+        }
+        .boxed_local()
+    }
+
+    fn save_vm_state(
+        &mut self,
+        root: Rc<Root>,
+        offset: u64,
+        from: Segments,
+    ) -> LocalBoxFuture<'_, Result<(), Error>> {
+        async move {
+            let request = root.enter(RequestKind::Write, 0, 0).await;
+            let io = request.io();
+            if self.image.geometry.data_file {
+                return Err(Error::unsupported(format!(
+                    "the image of node '{}' cannot hold a machine's state: its data is in another file",
+                    io.name()
+                )));
+            }
+            let saved = self.image.save_state(io, offset, from).await;
+            saved.map_err(|error| failed(io.name(), "save a machine's state in", error))
+        }
+        .boxed_local()
+    }
+
+    fn load_vm_state(
+        &mut self,
+        root: Rc<Root>,
+        offset: u64,
+        into: Segments,
+    ) -> LocalBoxFuture<'_, Result<(), Error>> {
+        async move {
+            let request = root.enter(RequestKind::Read, 0, 0).await;
+            let io = request.io();
+            let loaded = self.image.load_state(io, offset, into).await;
+            loaded.map_err(|error| failed(io.name(), "load a machine's state from", error))
+        }
+        .boxed_local()
     }
 
     fn make_empty(&mut self, root: Rc<Root>) -> LocalBoxFuture<'_, Result<(), Error>> {

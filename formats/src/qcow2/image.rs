@@ -31,6 +31,7 @@ use super::limbo::Limbo;
 use super::overlap::Metadata;
 use super::refcount::Refcounts;
 use super::segment::{CrashSegment, Record};
+use super::snapshot::Snapshots;
 use crate::rounds::Rounds;
 
 /// The child that holds the image.
@@ -56,6 +57,7 @@ pub(super) struct Image {
     /// As it is in the image.
     pub(super) header: Mutex<Header>,
     pub(super) l1: Mutex<L1>,
+    pub(super) snapshots: Mutex<Snapshots>,
     pub(super) cache: SliceCache,
     /// Binary logarithm of a slice's entries.
     pub(super) slice_bits: u32,

@@ -27,8 +27,6 @@ pub(crate) struct Freed {
 pub(crate) enum Cause {
     /// The guest discarded it or let it be zeroed.
     Request,
-    /// A snapshot that had it was deleted.
-    Snapshot,
     /// Anything else.
     Other,
 }
@@ -55,6 +53,11 @@ impl Limbo {
     /// Puts back what [`take`](Self::take) gave, since the entries could not be made durable.
     pub(crate) fn put_back(&self, freed: Vec<Freed>) {
         self.lock().splice(0..0, freed);
+    }
+
+    /// Whether there is nothing.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.lock().is_empty()
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Freed>> {

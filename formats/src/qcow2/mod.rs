@@ -14,6 +14,7 @@
 //! | what completed survives a kill | `segment`, `replay`, `adopt`, `cookie` |
 //! | making images | `create/` |
 //! | checking and repairing them | `check/` |
+//! | snapshots inside of them, and a machine's state | `snapshot/`, `vm_state` |
 
 mod adopt;
 mod alloc;
@@ -36,6 +37,8 @@ mod refcount;
 mod replay;
 mod resize;
 mod segment;
+mod snapshot;
+mod vm_state;
 mod write;
 mod zero;
 
@@ -108,7 +111,26 @@ const fn switch(name: &'static str, default: &'static str, help: &'static str) -
     }
 }
 
+const fn text(name: &'static str, help: &'static str) -> OptionSpec {
+    OptionSpec {
+        name,
+        kind: OptionKind::Text,
+        default: Some(""),
+        reopen: true,
+        changes_data: true,
+        help,
+    }
+}
+
 pub(crate) const OPTIONS: &[OptionSpec] = &[
+    text(
+        "snapshot.id",
+        "the identifier of a snapshot inside of the image: the disk as it was then, for reading only",
+    ),
+    text(
+        "snapshot.name",
+        "the name of a snapshot inside of the image; with 'snapshot.id' both must be its",
+    ),
     size(
         "cache-size",
         "",

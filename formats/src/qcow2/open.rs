@@ -6,7 +6,7 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex};
 
-use blockcore::driver::{Fix, OpenModes, OpenRequest, Opened, WriteFlags};
+use blockcore::driver::{Fix, OpenModes, OpenRequest, Opened, SnapshotRef, WriteFlags};
 use blockcore::io::buffer::Segments;
 use blockcore::io::tracked::Tracker;
 use blockcore::io::{RequestKind, Root};
@@ -29,6 +29,7 @@ use super::layout::{Geometry, HostOffset};
 use super::limbo::Limbo;
 use super::overlap::Metadata;
 use super::refcount::Refcounts;
+use super::snapshot::Snapshots;
 use crate::rounds::Rounds;
 
 /// Where the autoclear features are in the header.
@@ -41,7 +42,7 @@ const DEFAULT_SLICE_BYTES: u64 = 4096;
 const LEAST_BLOCKS: u64 = 4;
 /// L1 tables of snapshots, and tables of bitmaps, are read only so far: the time that opening takes is not
 /// for an image to decide.
-const MAX_INACTIVE_BYTES: u64 = 1 << 30;
+pub(super) const MAX_INACTIVE_BYTES: u64 = 1 << 30;
 
 pub(super) async fn open(request: OpenRequest) -> Result<Opened, Error> {
     if request.modes.check {
@@ -127,6 +128,8 @@ pub(super) async fn open_image(
             header = source.header(Purpose::Use).await?;
         }
     }
+    let snapshots = read_snapshots(source, &header).await?;
+    show_snapshot(source, options, modes, &snapshots, &mut header)?;
     let l1_bytes = 8 * u64::from(header.l1_entries);
     let l1 = source.read("L1 table", header.l1_offset, l1_bytes).await?;
     let mut l1: Vec<_> = words(&l1).map(L1Entry).collect();
@@ -146,7 +149,7 @@ pub(super) async fn open_image(
     if writable {
         let marked = mark_active(&metadata, &header, &l1, &table);
         marked.map_err(|what| source.corrupt(what))?;
-        mark_inactive(source, &metadata, &header).await?;
+        mark_inactive(source, &metadata, &header, &snapshots).await?;
         clear_features(source, &mut header).await?;
     }
     let sizes = CacheSizes::new(options, geometry, header.bytes, &source.node)?;
@@ -163,6 +166,7 @@ pub(super) async fn open_image(
             dirty: BTreeSet::new(),
         }),
         slice_bits: (sizes.slice_bytes / geometry.entry_bytes()).trailing_zeros(),
+        snapshots: Mutex::new(snapshots),
         cache: SliceCache::new(sizes.slice_bytes as usize / 8, sizes.slices),
         loads: Tracker::default(),
         refcounts: Refcounts::new(
@@ -190,6 +194,72 @@ pub(super) async fn open_image(
         options: Mutex::new(run_options),
         header: Mutex::new(header),
     }))
+}
+
+/// Reads the table of snapshots.
+async fn read_snapshots(source: &Source, header: &Header) -> Result<Snapshots, Error> {
+    if header.snapshots == 0 {
+        return Ok(Snapshots::default());
+    }
+    let rest = source.root.bytes().saturating_sub(header.snapshots_offset);
+    let most = rest.min(MAX_TABLE_BYTES);
+    let table = source
+        .read("snapshot table", header.snapshots_offset, most)
+        .await?;
+    let (mut list, bytes) =
+        Snapshot::parse_table(&table, header.snapshots).map_err(|error| source.corrupt(error))?;
+    for snapshot in &mut list {
+        // Who did not write it down cannot have changed it since.
+        snapshot.disk_bytes.get_or_insert(header.bytes);
+    }
+    Ok(Snapshots {
+        list,
+        table_bytes: bytes as u64,
+    })
+}
+
+/// Makes the header that of the snapshot which options name, if they do: its L1 table, and the disk's length
+/// then.
+fn show_snapshot(
+    source: &Source,
+    options: &Options,
+    modes: OpenModes,
+    snapshots: &Snapshots,
+    header: &mut Header,
+) -> Result<(), Error> {
+    let given = |name: &str| options.get(name).filter(|text| !text.is_empty());
+    let which = SnapshotRef {
+        id: given("snapshot.id").map(str::to_owned),
+        name: given("snapshot.name").map(str::to_owned),
+    };
+    if which == SnapshotRef::default() {
+        return Ok(());
+    }
+    let node = &source.node;
+    if !modes.read_only {
+        return Err(Error::invalid(format!(
+            "node '{node}' would show {which}, which nobody can write to: give it 'read-only=on'"
+        )));
+    }
+    let Some(index) = which.find(&snapshots.infos()) else {
+        let text = format!("the image of node '{node}' has no {which}");
+        return Err(Error::new(ErrorKind::NotFound, text));
+    };
+    let (snapshot, geometry) = (&snapshots.list[index], header.geometry());
+    snapshot
+        .check_l1(geometry, source.root.bytes())
+        .map_err(|error| source.corrupt(error))?;
+    header.bytes = snapshot.disk_bytes.unwrap_or(header.bytes);
+    header.l1_offset = snapshot.l1_offset;
+    header.l1_entries = snapshot.l1_entries;
+    let needed = geometry.l1_entries(header.bytes);
+    if needed > u64::from(header.l1_entries) || header.bytes > i64::MAX as u64 {
+        return Err(source.corrupt(format!(
+            "{which} has an L1 table of {} entries for a disk of {} bytes, which needs {needed}",
+            header.l1_entries, header.bytes
+        )));
+    }
+    Ok(())
 }
 
 /// What options say of a running image.
@@ -319,7 +389,12 @@ fn mark_tables(metadata: &Metadata, l1: &[L1Entry]) {
 }
 
 /// Marks what belongs to snapshots and bitmaps.
-async fn mark_inactive(source: &Source, metadata: &Metadata, header: &Header) -> Result<(), Error> {
+async fn mark_inactive(
+    source: &Source,
+    metadata: &Metadata,
+    header: &Header,
+    snapshots: &Snapshots,
+) -> Result<(), Error> {
     let mut budget = MAX_INACTIVE_BYTES;
     let mut spend = |bytes: u64| match budget.checked_sub(bytes) {
         Some(left) => {
@@ -332,24 +407,15 @@ async fn mark_inactive(source: &Source, metadata: &Metadata, header: &Header) ->
             source.node
         ))),
     };
-    if header.snapshots > 0 {
-        let rest = source.root.bytes().saturating_sub(header.snapshots_offset);
-        let most = rest.min(MAX_TABLE_BYTES);
-        let table = source
-            .read("snapshot table", header.snapshots_offset, most)
+    mark(metadata, header.snapshots_offset, snapshots.table_bytes);
+    for snapshot in &snapshots.list {
+        let (place, bytes) = snapshot.l1_range();
+        spend(bytes)?;
+        let l1 = source
+            .read("L1 table of a snapshot", place.0, bytes)
             .await?;
-        let (snapshots, bytes) = Snapshot::parse_table(&table, header.snapshots)
-            .map_err(|error| source.corrupt(error))?;
-        mark(metadata, header.snapshots_offset, bytes as u64);
-        for snapshot in &snapshots {
-            let bytes = 8 * u64::from(snapshot.l1_entries);
-            spend(bytes)?;
-            let l1 = source
-                .read("L1 table of a snapshot", snapshot.l1_offset, bytes)
-                .await?;
-            mark(metadata, snapshot.l1_offset, bytes);
-            mark_tables(metadata, &words(&l1).map(L1Entry).collect::<Vec<_>>());
-        }
+        mark(metadata, place.0, bytes);
+        mark_tables(metadata, &words(&l1).map(L1Entry).collect::<Vec<_>>());
     }
     let Some(directory) = &header.extensions.bitmaps else {
         return Ok(());

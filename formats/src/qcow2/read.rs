@@ -27,7 +27,7 @@ impl Image {
         Ok(())
     }
 
-    async fn read_extent(
+    pub(super) async fn read_extent(
         &self,
         io: Io<'_>,
         offset: u64,

@@ -151,6 +151,18 @@ impl Refcounts {
         }
     }
 
+    /// Where a block is, and a copy of it.
+    ///
+    /// # Errors
+    ///
+    /// [`Missing`].
+    pub(crate) fn copy(&self, number: BlockNumber) -> Result<(HostOffset, Vec<u8>), Missing> {
+        let mut inner = self.lock();
+        let counts = inner.block(number)?.counts.to_vec();
+        let place = inner.table[number as usize] & OFFSET_MASK;
+        Ok((HostOffset(place), counts))
+    }
+
     /// Adds to a cluster's count, and gives what it is then; or why that cannot be.
     ///
     /// # Errors
@@ -283,8 +295,8 @@ impl Refcounts {
         inner.dirty_entries.clear();
     }
 
-    #[cfg(test)]
-    fn dirty_count(&self) -> usize {
+    /// How many blocks are dirty.
+    pub(crate) fn dirty_count(&self) -> usize {
         let inner = self.lock();
         inner
             .blocks
@@ -332,6 +344,11 @@ impl Refcounts {
             }
         }
         inner.evict(self.kept_blocks);
+    }
+
+    /// Forgets every block; for when the image has changed below us. Nothing is dirty.
+    pub(crate) fn forget(&self) {
+        self.lock().blocks.clear();
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {

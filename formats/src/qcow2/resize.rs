@@ -37,6 +37,9 @@ impl Image {
             return Err(IoError::Unsupported);
         }
         let before = self.bytes();
+        if bytes != before {
+            self.drop_state(io).await?;
+        }
         if bytes < before {
             return self.shrink(io, before, bytes).await;
         }
@@ -205,7 +208,7 @@ impl Image {
     }
 
     /// Makes an L1 table that is long enough for a disk of `bytes`.
-    async fn grow_l1(&self, io: Io<'_>, bytes: u64) -> Result<(), IoError> {
+    pub(super) async fn grow_l1(&self, io: Io<'_>, bytes: u64) -> Result<(), IoError> {
         let g = self.geometry;
         let needed = g.l1_entries(bytes);
         let (old_place, old_entries) = {

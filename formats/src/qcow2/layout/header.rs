@@ -395,7 +395,7 @@ impl Header {
     }
 
     /// All fields, those of the backing name zero.
-    fn fields(&self) -> Vec<u8> {
+    pub(crate) fn fields(&self) -> Vec<u8> {
         let mut bytes = Vec::new();
         let mut add = |field: &[u8]| bytes.extend(field);
         add(&MAGIC.to_be_bytes());

@@ -7,6 +7,8 @@ use blockcore::{Error, ErrorKind};
 
 use super::bytes::{u16_at, u32_at, u64_at};
 use super::extension::corrupt;
+use super::header::MAX_L1_BYTES;
+use super::{Geometry, HostOffset};
 
 /// Bytes of an entry's fixed part.
 pub(crate) const HEAD_BYTES: usize = 40;
@@ -145,6 +147,31 @@ impl Snapshot {
             at += end;
         }
         Ok((snapshots, at))
+    }
+
+    /// Where its L1 table is, and how many bytes that has.
+    pub(crate) fn l1_range(&self) -> (HostOffset, u64) {
+        (HostOffset(self.l1_offset), 8 * u64::from(self.l1_entries))
+    }
+
+    /// Whether its L1 table is where one can be, in a file of so many bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Corrupt`], saying why not.
+    pub(crate) fn check_l1(&self, geometry: Geometry, file_bytes: u64) -> Result<(), Error> {
+        let (HostOffset(offset), bytes) = self.l1_range();
+        let is_inside = offset <= file_bytes && bytes <= file_bytes - offset;
+        let why = if bytes > MAX_L1_BYTES {
+            format!("has {bytes} bytes; at most {MAX_L1_BYTES} are allowed")
+        } else if !geometry.is_aligned(offset) {
+            format!("is at offset {offset:#x}, where no cluster begins")
+        } else if !is_inside && bytes > 0 {
+            format!("has {bytes} bytes at offset {offset:#x}, past the end of the file")
+        } else {
+            return Ok(());
+        };
+        Err(corrupt(format!("the L1 table of {} {why}", self.shown())))
     }
 
     /// What to call it in a message.
