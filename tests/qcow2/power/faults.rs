@@ -9,7 +9,7 @@ use super::judge::Judge;
 use super::{Test, Totals};
 
 /// Within how many seeds each is found.
-const WITHIN: u64 = 300;
+const WITHIN: u64 = 100;
 
 /// Why a seed fails with a fault, if it does.
 fn failure(seed: u64, fault: Option<Fault>) -> Option<String> {
@@ -30,7 +30,9 @@ fn failure(seed: u64, fault: Option<Fault>) -> Option<String> {
 #[test]
 fn every_planted_fault_of_the_format_is_found_and_its_seed_passes_without_it() {
     let mut missed = Vec::new();
-    for (name, fault) in Fault::QCOW2 {
+    // A write must be under way for long to meet that one: `race` holds one back.
+    let others = Fault::QCOW2.into_iter();
+    for (name, fault) in others.filter(|(_, fault)| *fault != Fault::NoWaitForUsers) {
         let found = (1..=WITHIN).find_map(|seed| Some((seed, failure(seed, Some(fault))?)));
         let Some((seed, why)) = found else {
             eprintln!("{name}: not found within {WITHIN} seeds");
