@@ -101,6 +101,7 @@ impl Image {
         self.settle(&copies);
         if let (Some(segment), Some(mark)) = (segment, mark) {
             segment.forget_until(mark);
+            self.allow_plain_writes();
         }
         self.release_behind(io, freed);
         Ok(())

@@ -350,6 +350,7 @@ impl Image {
         write_bytes(io, HEADER_AUTOCLEAR, &autoclear.to_be_bytes()).await?;
         io.child(FILE).flush().await?;
         segment.close();
+        self.allow_plain_writes();
         let removed = io
             .context()
             .host(HostCall::Remove(segment.path().to_owned()));

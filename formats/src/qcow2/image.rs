@@ -54,6 +54,10 @@ pub(super) struct Image {
     /// As `bytes`, or 0 where entries are extended, or the image is broken: so far requests may go without
     /// another look at that.
     pub(super) plain_bytes: AtomicU64,
+    /// As `plain_bytes`, or 0 while what maps a cluster may be in this process's memory only although what
+    /// completes is to outlive it. It is 0 before such an entry can be seen, and so is looked at after the
+    /// entry.
+    pub(super) plain_write_bytes: AtomicU64,
     /// As it is in the image.
     pub(super) header: Mutex<Header>,
     pub(super) l1: Mutex<L1>,
@@ -148,6 +152,25 @@ impl Image {
         if self.broken.load(Ordering::SeqCst) {
             self.plain_bytes.store(0, Ordering::SeqCst);
         }
+        self.allow_plain_writes();
+    }
+
+    /// Whether what maps a cluster is where it outlives this process, or does not have to be.
+    pub(super) fn keeps_entries(&self) -> bool {
+        let segment = self.segment.as_ref();
+        !self.must_outlive || segment.is_some_and(|segment| segment.is_open())
+    }
+
+    /// Lets writes go in place without another look, if entries are kept from now on.
+    pub(super) fn allow_plain_writes(&self) {
+        if self.keeps_entries() {
+            let bytes = self.plain_bytes.load(Ordering::SeqCst);
+            self.plain_write_bytes.store(bytes, Ordering::SeqCst);
+        }
+        // There may be no room any more since the look.
+        if !self.keeps_entries() || self.broken.load(Ordering::SeqCst) {
+            self.plain_write_bytes.store(0, Ordering::SeqCst);
+        }
     }
 
     pub(super) fn l1(&self) -> MutexGuard<'_, L1> {
@@ -187,9 +210,7 @@ impl Image {
     /// Entries that bytes are written in place by may be in this process's memory only, though what completes
     /// is to outlive it: the request waits for a round.
     pub(super) fn may_lose_entries(&self) -> bool {
-        let segment = self.segment.as_ref();
-        let is_recorded = || segment.is_some_and(|segment| segment.is_open());
-        self.must_outlive && !is_recorded() && self.cache.dirty_count() > 0
+        !self.keeps_entries() && self.cache.dirty_count() > 0
     }
 
     /// Fails once the image was found to be broken.
@@ -213,6 +234,7 @@ impl Image {
         let was_broken = fatal && self.broken.swap(true, Ordering::SeqCst);
         if fatal {
             self.plain_bytes.store(0, Ordering::SeqCst);
+            self.plain_write_bytes.store(0, Ordering::SeqCst);
         }
         if !was_broken {
             io.state()

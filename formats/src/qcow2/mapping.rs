@@ -104,9 +104,6 @@ impl Image {
     /// For the path without a task: see [`blockcore::driver::DriverIo::map`].
     #[inline]
     pub(super) fn map_fast(&self, write: bool, offset: u64, bytes: u64) -> Mapping {
-        if write && self.segment.is_none() && self.may_lose_entries() {
-            return Mapping::Ask;
-        }
         if let Some(place) = self.map_in_cluster(write, offset, bytes) {
             return place;
         }
@@ -121,14 +118,19 @@ impl Image {
         // Where it wraps it is in another cluster.
         let last = offset.wrapping_add(bytes - 1);
         let cluster = offset >> g.cluster_bits;
-        if last >> g.cluster_bits != cluster || last >= self.plain_bytes.load(Ordering::Acquire) {
+        if last >> g.cluster_bits != cluster {
             return None;
         }
         let index = cluster & ((1 << self.slice_bits) - 1);
         let slice = cluster >> self.slice_bits;
         let (word, _) = self.cache.get(slice, index as usize, false)?;
         let host = entry::plain_host(word, write)?;
-        if !g.is_aligned(host.0) {
+        // After the look at the entry: see `Image::plain_write_bytes`.
+        let limit = match write {
+            true => &self.plain_write_bytes,
+            false => &self.plain_bytes,
+        };
+        if last >= limit.load(Ordering::Acquire) || !g.is_aligned(host.0) {
             return None;
         }
         if write && !g.data_file && self.metadata.is_in_cluster(host) {
@@ -190,6 +192,10 @@ impl Image {
         }
         let host = HostOffset(host.0 + g.offset_in_cluster(offset));
         if write && !g.data_file && self.metadata.overlaps(host, bytes) {
+            return None;
+        }
+        // After the look at the entries, as above.
+        if write && !self.keeps_entries() {
             return None;
         }
         Some(Mapping::Child {
@@ -417,7 +423,14 @@ impl Image {
                         change_entry(words, index, self.geometry, |entry| change(cluster, entry));
                     if let Some((word, second)) = new {
                         let place = HostOffset(host.0 + 8 * index as u64);
-                        recorded &= self.record(Record::L2(place, word, second));
+                        let record = Record::L2(place, word, second);
+                        if !self.record(record) {
+                            recorded = false;
+                            if self.must_outlive {
+                                // Before anybody sees the entry.
+                                self.plain_write_bytes.store(0, Ordering::SeqCst);
+                            }
+                        }
                     }
                 }
             });

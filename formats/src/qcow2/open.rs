@@ -155,11 +155,17 @@ pub(super) async fn open_image(
     let sizes = CacheSizes::new(options, geometry, header.bytes, &source.node)?;
     let run_options = run_options(options, modes, &header, &source.node)?;
     let place = HostOffset(header.refcount_table_offset);
+    let must_outlive = writable && source.runtime_directory.is_some();
+    let plain_bytes = if geometry.extended { 0 } else { header.bytes };
     Ok(Arc::new_cyclic(|this| Image {
         this: this.clone(),
         geometry,
         bytes: AtomicU64::new(header.bytes),
-        plain_bytes: AtomicU64::new(if geometry.extended { 0 } else { header.bytes }),
+        plain_bytes: AtomicU64::new(plain_bytes),
+        plain_write_bytes: AtomicU64::new(match must_outlive && segment.is_none() {
+            true => 0,
+            false => plain_bytes,
+        }),
         l1: Mutex::new(L1 {
             place: HostOffset(header.l1_offset),
             entries: l1,
@@ -190,7 +196,7 @@ pub(super) async fn open_image(
         committing: AtomicBool::new(false),
         broken: AtomicBool::new(false),
         segment,
-        must_outlive: writable && source.runtime_directory.is_some(),
+        must_outlive,
         options: Mutex::new(run_options),
         header: Mutex::new(header),
     }))
