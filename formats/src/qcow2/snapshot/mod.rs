@@ -353,7 +353,7 @@ impl Image {
             list: next.snapshots,
             table_bytes: table.len() as u64,
         };
-        self.bytes.store(next.bytes, Ordering::Release);
+        self.set_bytes(next.bytes);
         {
             let mut l1 = self.l1();
             l1.place = l1_place;
