@@ -211,6 +211,7 @@ impl Plan {
 
     /// As [`fast`](Self::fast), with what has to be recorded before the request goes there. There is room
     /// for one record: a request that passes two layers which move data takes a task.
+    #[inline]
     pub(super) fn fast_movable(
         &self,
         write: bool,

@@ -419,6 +419,7 @@ impl Request {
         self.plan().fast(write, offset, segments)
     }
 
+    #[inline]
     fn movable_place(
         &self,
         write: bool,
