@@ -10,7 +10,7 @@ use harness::daemon::{Daemon, Place, eventually, stonework};
 use harness::driver::{Driver, Layout, Queue};
 use harness::random::Random;
 
-use crate::setup::{qemu, qemu_output};
+use crate::setup::{Process, qemu, qemu_output};
 
 /// Kills, unless `STONEWORK_KILLS` says otherwise.
 const KILLS: u64 = 20;
@@ -51,6 +51,64 @@ fn what_completed_is_there_after_a_kill_and_the_image_is_whole() {
     {
         kill_and_look(number as u64, options);
     }
+}
+
+/// A segment tells of an image as it was: who writes to that without it makes it worthless.
+#[test]
+fn what_a_killed_daemon_left_is_not_put_into_an_image_that_somebody_else_has_written_to() {
+    let place = Place::new();
+    let (image, socket) = (place.join("image.qcow2"), place.join("socket"));
+    let path = image.to_str().expect("a path of ours");
+    let size = DISK_BYTES.to_string();
+    qemu("qemu-img", &["create", "-f", "qcow2", path, &size]);
+    let daemon = serve(&place, &image, &socket);
+    let mut queues = connect(&socket);
+    for slot in 0..DEPTH {
+        queues[0].buffer(slot).fill(1);
+        let offset = slot as u64 * (1 << 20);
+        queues[0]
+            .write(slot, offset, BLOCK_BYTES as usize, 1)
+            .expect("there is room");
+    }
+    queues[0].kick().expect("it listens");
+    let mut completed = 0;
+    eventually("all writes complete", || {
+        queues[0].completions(|_, outcome| {
+            outcome.expect("it succeeds");
+            completed += 1;
+        });
+        completed == DEPTH
+    });
+    daemon.kill();
+    drop(queues);
+    assert_whole(path, "after the kill");
+    // Of ours, without a place for segments.
+    let options = format!("driver=qcow2,file.driver=file,file.filename={path}");
+    let disk = Process::new().open(&options).expect("it can be opened");
+    let whole = [2; 64 << 10];
+    disk.write(32 << 20, &whole);
+    disk.close().expect("it can be closed");
+    let daemon = serve(&place, &image, &socket);
+    let mut queues = connect(&socket);
+    for (offset, expected) in [(0, 0), (1 << 20, 0), (32 << 20, 2)] {
+        queues[0]
+            .read(0, offset, BLOCK_BYTES as usize, 1)
+            .expect("there is room");
+        queues[0].kick().expect("it listens");
+        let mut done = false;
+        eventually("the read completes", || {
+            queues[0].completions(|_, outcome| {
+                outcome.expect("it can be read");
+                done = true;
+            });
+            done
+        });
+        let all = queues[0].buffer(0).iter().all(|byte| *byte == expected);
+        assert!(all, "at {offset:#x}: {:?}", &queues[0].buffer(0)[..8]);
+    }
+    drop(queues);
+    daemon.stop();
+    assert_whole(path, "at the end");
 }
 
 fn kill_and_look(number: u64, options: &str) {

@@ -150,7 +150,7 @@ pub(super) async fn open_image(
         let marked = mark_active(&metadata, &header, &l1, &table);
         marked.map_err(|what| source.corrupt(what))?;
         mark_inactive(source, &metadata, &header, &snapshots).await?;
-        clear_features(source, &mut header).await?;
+        clear_features(source, &mut header, segment.is_some()).await?;
     }
     let sizes = CacheSizes::new(options, geometry, header.bytes, &source.node)?;
     let run_options = run_options(options, modes, &header, &source.node)?;
@@ -325,11 +325,26 @@ async fn repair(source: &Source) -> Result<(), Error> {
 }
 
 /// What is not up to date any more when we write says so no longer. On disk before anything else is.
-async fn clear_features(source: &Source, header: &mut Header) -> Result<(), Error> {
+async fn clear_features(
+    source: &Source,
+    header: &mut Header,
+    has_segment: bool,
+) -> Result<(), Error> {
     // Bitmaps are not kept up to date.
-    let stale = header.unknown_autoclear() | Features::BITMAPS;
+    let mut stale = header.unknown_autoclear() | Features::BITMAPS;
+    if !has_segment {
+        // What a segment has is about another image from here on.
+        stale |= Features::SEGMENT;
+    }
     if header.version < 3 || header.features.autoclear & stale == 0 {
         return Ok(());
+    }
+    if header.features.autoclear & stale & Features::SEGMENT != 0 {
+        tracing::warn!(
+            "image of node '{}' was not closed in order, and is written to without what was kept of it: writes \
+             that had completed and were not flushed are given up",
+            source.node
+        );
     }
     header.features.autoclear &= !stale;
     let bytes = header.features.autoclear.to_be_bytes();
