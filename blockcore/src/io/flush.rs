@@ -27,6 +27,15 @@ struct Table {
     retired: u64,
     /// Up to which sum a flush has succeeded; `None`: none has.
     flushed: Option<u64>,
+    /// How often that was thrown away: what began before says nothing of the time after.
+    doubts: u64,
+}
+
+/// What a flush that has begun will cover.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Covers {
+    sum: u64,
+    doubts: u64,
 }
 
 impl Table {
@@ -59,24 +68,33 @@ impl Generation {
     }
 
     /// What a flush that begins now will cover; `None` if all of that is durable.
-    fn begin(&self) -> Option<u64> {
+    fn begin(&self) -> Option<Covers> {
         let table = self.table();
         let sum = table.sum();
         let in_doubt =
             table.flushed.is_none() && !fault::is_planted(Fault::FlushElidedAfterRestart);
-        (in_doubt || table.flushed.unwrap_or(0) < sum).then_some(sum)
+        (in_doubt || table.flushed.unwrap_or(0) < sum).then_some(Covers {
+            sum,
+            doubts: table.doubts,
+        })
     }
 
     /// Requests go another way from now on: what was flushed on the old one may not be durable on the new
     /// one, as with flushes that were ignored, or a child that somebody else wrote to. Nothing is in
     /// flight.
     pub(crate) fn doubt(&self) {
-        self.table().flushed = None;
+        let mut table = self.table();
+        table.flushed = None;
+        table.doubts += 1;
     }
 
-    fn succeeded(&self, covered: u64) {
+    /// A flush has succeeded; one that was under way when another failed, or the way changed, tells nothing.
+    fn succeeded(&self, covered: Covers) {
         let mut table = self.table();
-        table.flushed = Some(table.flushed.map_or(covered, |before| before.max(covered)));
+        if table.doubts == covered.doubts {
+            let before = table.flushed.unwrap_or(0);
+            table.flushed = Some(before.max(covered.sum));
+        }
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
@@ -103,20 +121,28 @@ impl Io<'_> {
         if fault::is_planted(Fault::Flush) && node.kind == DriverKind::Protocol {
             return Ok(());
         }
-        self.event("flush_to_os").await?;
-        match node.io.flush_all(self) {
-            Some(flush) => flush.await?,
-            None => {
-                node.io.flush_to_host(self).await?;
-                if !node.modes.no_flush {
-                    self.event("flush_to_disk").await?;
-                    node.io.flush_to_disk(self).await?;
-                }
-                self.flush_children().await?;
-            }
+        let flushed = self.flush_now().await;
+        match flushed {
+            Ok(()) => node.state.generation.succeeded(covers),
+            // None after it is elided: whoever keeps a failure for good is asked.
+            Err(_) => node.state.generation.doubt(),
         }
-        node.state.generation.succeeded(covers);
-        Ok(())
+        flushed
+    }
+
+    /// Flushes, whatever was flushed before.
+    async fn flush_now(self) -> Result<(), IoError> {
+        let node = self.node();
+        self.event("flush_to_os").await?;
+        if let Some(flush) = node.io.flush_all(self) {
+            return flush.await;
+        }
+        node.io.flush_to_host(self).await?;
+        if !node.modes.no_flush {
+            self.event("flush_to_disk").await?;
+            node.io.flush_to_disk(self).await?;
+        }
+        self.flush_children().await
     }
 
     /// Flushes the children that hold data or metadata of this node, or that it filters, in order.
@@ -155,6 +181,17 @@ mod tests {
         generation.retire(&one);
         generation.succeeded(third);
         assert_eq!(generation.begin(), None);
+    }
+
+    #[test]
+    fn a_flush_that_was_under_way_when_another_failed_tells_nothing() {
+        let generation = Generation::default();
+        let (one, other) = (generation.begin().unwrap(), generation.begin().unwrap());
+        generation.doubt();
+        generation.succeeded(other);
+        assert!(generation.begin().is_some());
+        generation.succeeded(one);
+        assert!(generation.begin().is_some());
     }
 
     #[test]
