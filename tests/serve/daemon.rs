@@ -68,7 +68,7 @@ fn nodes_that_cannot_be_are_refused_with_what_there_is_instead() {
     for (node, words) in [
         (
             "qcow9,node-name=d",
-            &["'qcow9'", "file, host_device, raw, null-co"][..],
+            &["'qcow9'", "file, host_device, raw, qcow2, null-co"][..],
         ),
         ("node-name=d", &["option 'driver'"]),
         ("driver=,node-name=d", &["option 'driver'"]),
