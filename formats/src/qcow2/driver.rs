@@ -56,7 +56,7 @@ impl Qcow2Driver {
     async fn finish(&self, root: &Rc<Root>) -> Result<(), Error> {
         let request = root.enter(RequestKind::Other, 0, 0).await;
         let io = request.io();
-        if io.modes().read_only || self.image.broken.load(Ordering::Acquire) {
+        if io.modes().read_only || self.image.gate.is_broken() {
             return Ok(());
         }
         let finished = self.image.finish(io).await;

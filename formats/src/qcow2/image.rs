@@ -12,7 +12,7 @@
 //! operations only, and taken in this order: `l1`, then those inside of `cache`; every other alone.
 
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use blockcore::IoError;
@@ -24,6 +24,7 @@ use blockcore::io::tracked::Tracker;
 use super::alloc::Pools;
 use super::cache::SliceCache;
 use super::compress::Tail;
+use super::gate::Gate;
 use super::layout::entry::L1Entry;
 use super::layout::header::{Features, Header};
 use super::layout::{Geometry, HostOffset};
@@ -49,15 +50,8 @@ pub(super) struct Image {
     /// This, for work that goes on behind a request.
     pub(super) this: Weak<Image>,
     pub(super) geometry: Geometry,
-    /// Length of the disk.
-    pub(super) bytes: AtomicU64,
-    /// As `bytes`, or 0 where entries are extended, or the image is broken: so far requests may go without
-    /// another look at that.
-    pub(super) plain_bytes: AtomicU64,
-    /// As `plain_bytes`, or 0 while what maps a cluster may be in this process's memory only although what
-    /// completes is to outlive it. It is 0 before such an entry can be seen, and so is looked at after the
-    /// entry.
-    pub(super) plain_write_bytes: AtomicU64,
+    /// How long the disk is, and who may go how far into it.
+    pub(super) gate: Gate,
     /// As it is in the image.
     pub(super) header: Mutex<Header>,
     pub(super) l1: Mutex<L1>,
@@ -86,8 +80,6 @@ pub(super) struct Image {
     pub(super) rounds: Rounds,
     /// A round that nobody waits for is on its way.
     pub(super) committing: AtomicBool,
-    /// The image was found to contradict itself: nothing more is done with it.
-    pub(super) broken: AtomicBool,
     /// What completes is to outlive this process. Where nothing else does, a request that changes what is
     /// mapped waits for a round before it completes.
     pub(super) must_outlive: bool,
@@ -139,20 +131,12 @@ impl Image {
 
     /// Length of the disk, now.
     pub(super) fn bytes(&self) -> u64 {
-        self.bytes.load(Ordering::Acquire)
+        self.gate.bytes()
     }
 
     /// The disk has another length.
     pub(super) fn set_bytes(&self, bytes: u64) {
-        self.bytes.store(bytes, Ordering::Release);
-        if !self.geometry.extended {
-            self.plain_bytes.store(bytes, Ordering::SeqCst);
-        }
-        // It may have broken just now.
-        if self.broken.load(Ordering::SeqCst) {
-            self.plain_bytes.store(0, Ordering::SeqCst);
-        }
-        self.allow_plain_writes();
+        self.gate.set_bytes(bytes, || self.keeps_entries());
     }
 
     /// Whether what maps a cluster is where it outlives this process, or does not have to be.
@@ -163,14 +147,7 @@ impl Image {
 
     /// Lets writes go in place without another look, if entries are kept from now on.
     pub(super) fn allow_plain_writes(&self) {
-        if self.keeps_entries() {
-            let bytes = self.plain_bytes.load(Ordering::SeqCst);
-            self.plain_write_bytes.store(bytes, Ordering::SeqCst);
-        }
-        // There may be no room any more since the look.
-        if !self.keeps_entries() || self.broken.load(Ordering::SeqCst) {
-            self.plain_write_bytes.store(0, Ordering::SeqCst);
-        }
+        self.gate.allow_writes(|| self.keeps_entries());
     }
 
     pub(super) fn l1(&self) -> MutexGuard<'_, L1> {
@@ -215,7 +192,7 @@ impl Image {
 
     /// Fails once the image was found to be broken.
     pub(super) fn check_whole(&self) -> Result<(), IoError> {
-        match self.broken.load(Ordering::Acquire) {
+        match self.gate.is_broken() {
             true => Err(IoError::Failed),
             false => Ok(()),
         }
@@ -231,11 +208,7 @@ impl Image {
         fatal: bool,
     ) -> IoError {
         let fatal = fatal && !io.modes().read_only;
-        let was_broken = fatal && self.broken.swap(true, Ordering::SeqCst);
-        if fatal {
-            self.plain_bytes.store(0, Ordering::SeqCst);
-            self.plain_write_bytes.store(0, Ordering::SeqCst);
-        }
+        let was_broken = fatal && self.gate.break_off();
         if !was_broken {
             io.state()
                 .report_corruption(message, Some(host.0), Some(bytes), fatal);

@@ -1,7 +1,5 @@
 //! Where bytes of the disk live.
 
-use std::sync::atomic::Ordering;
-
 use blockcore::IoError;
 use blockcore::driver::Mapping;
 use blockcore::io::Io;
@@ -125,12 +123,8 @@ impl Image {
         let slice = cluster >> self.slice_bits;
         let (word, _) = self.cache.get(slice, index as usize, false)?;
         let host = entry::plain_host(word, write)?;
-        // After the look at the entry: see `Image::plain_write_bytes`.
-        let limit = match write {
-            true => &self.plain_write_bytes,
-            false => &self.plain_bytes,
-        };
-        if last >= limit.load(Ordering::Acquire) || !g.is_aligned(host.0) {
+        // After the look at the entry: see `Gate`.
+        if last >= self.gate.limit(write) || !g.is_aligned(host.0) {
             return None;
         }
         if write && !g.data_file && self.metadata.is_in_cluster(host) {
@@ -148,10 +142,7 @@ impl Image {
         let end = offset.checked_add(bytes)?;
         let (first, last) = (offset >> g.cluster_bits, (end - 1) >> g.cluster_bits);
         // A child of another format asks without a look at the length.
-        if end > self.bytes()
-            || last - first >= FAST_CLUSTERS
-            || self.broken.load(Ordering::Relaxed)
-        {
+        if end > self.bytes() || last - first >= FAST_CLUSTERS || self.gate.is_broken() {
             return None;
         }
         let entry = self.cached(first)?;
@@ -428,7 +419,7 @@ impl Image {
                             recorded = false;
                             if self.must_outlive {
                                 // Before anybody sees the entry.
-                                self.plain_write_bytes.store(0, Ordering::SeqCst);
+                                self.gate.hold_writes();
                             }
                         }
                     }

@@ -5,7 +5,7 @@
 //! |---|---|
 //! | what lies where in an image (pure) | `layout/` |
 //! | opening, reopening, closing | `open`, `driver` |
-//! | what all workers share | `image` |
+//! | what all workers share | `image`, `gate` |
 //! | requests | `io`, `read`, `write`, `zero`, `compress`, `resize` |
 //! | where bytes of the disk live; slices of L2 tables in memory | `mapping`, `cache` |
 //! | host clusters: finding, counting, letting go of | `alloc`, `refcount`, `limbo` |
@@ -25,6 +25,7 @@ mod compress;
 mod cookie;
 pub mod create;
 mod driver;
+mod gate;
 mod image;
 mod io;
 mod layout;

@@ -18,6 +18,7 @@ use super::adopt;
 use super::alloc::Pools;
 use super::cache::{SliceCache, WAYS};
 use super::driver::Qcow2Driver;
+use super::gate::Gate;
 use super::image::{Image, L1, RunOptions};
 use super::io::Qcow2Io;
 use super::layout::bitmap::{Bitmap, BitmapCluster};
@@ -156,16 +157,11 @@ pub(super) async fn open_image(
     let run_options = run_options(options, modes, &header, &source.node)?;
     let place = HostOffset(header.refcount_table_offset);
     let must_outlive = writable && source.runtime_directory.is_some();
-    let plain_bytes = if geometry.extended { 0 } else { header.bytes };
+    let keeps = !must_outlive || segment.is_some();
     Ok(Arc::new_cyclic(|this| Image {
         this: this.clone(),
         geometry,
-        bytes: AtomicU64::new(header.bytes),
-        plain_bytes: AtomicU64::new(plain_bytes),
-        plain_write_bytes: AtomicU64::new(match must_outlive && segment.is_none() {
-            true => 0,
-            false => plain_bytes,
-        }),
+        gate: Gate::new(header.bytes, !geometry.extended, keeps),
         l1: Mutex::new(L1 {
             place: HostOffset(header.l1_offset),
             entries: l1,
@@ -194,7 +190,6 @@ pub(super) async fn open_image(
         tables: Tracker::default(),
         rounds: Rounds::default(),
         committing: AtomicBool::new(false),
-        broken: AtomicBool::new(false),
         segment,
         must_outlive,
         options: Mutex::new(run_options),

@@ -340,7 +340,7 @@ impl Image {
         header.snapshots = next.snapshots.len() as u32;
         header.snapshots_offset = snapshots_place.0;
         if let Err(error) = self.switch_header(io, &header.fields()).await {
-            self.broken.store(true, Ordering::Release);
+            self.gate.break_off();
             tracing::error!(
                 "the header of '{}' could not be written ({error}); nothing more is done with the image until \
                  it is opened again",
