@@ -300,7 +300,8 @@ impl Image {
         {
             return Ok(());
         }
-        if !self.geometry.is_aligned(place.0) || !self.metadata.reaches(place) {
+        let is_inside = place.0 < io.child(FILE).bytes();
+        if !self.geometry.is_aligned(place.0) || !self.metadata.reaches(place) || !is_inside {
             let message = format!(
                 "refcount block {block} is at offset {:#x}, where none can be",
                 place.0
