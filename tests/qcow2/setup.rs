@@ -80,6 +80,14 @@ impl Process {
         Self { context, control }
     }
 
+    /// As [`new`](Self::new), with a directory for what has to outlive this process.
+    pub(crate) fn keeping(directory: &Path) -> Self {
+        let process = Self::new();
+        let directory = Some(directory.to_owned());
+        process.control.set_runtime_directory(directory);
+        process
+    }
+
     /// Opens what options describe, for writing.
     pub(crate) fn open(&self, options: &str) -> Result<Disk, Error> {
         self.open_for(options, true)

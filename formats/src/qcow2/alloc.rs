@@ -23,7 +23,7 @@ use super::limbo::{Cause, Freed};
 use super::refcount::{BlockNumber, ClusterNumber, Missing, Run};
 
 /// Smallest and largest extent that is reserved, in clusters.
-const RESERVE_CLUSTERS: std::ops::RangeInclusive<u64> = 16..=1024;
+pub(super) const RESERVE_CLUSTERS: std::ops::RangeInclusive<u64> = 16..=1024;
 /// No extent of clusters is longer than this, so that small images do not reserve more than they hold.
 const RESERVE_BYTES: u64 = 64 << 20;
 /// Past this many pieces in limbo a round is run for their sake.

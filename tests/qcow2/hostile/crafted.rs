@@ -234,3 +234,31 @@ fn a_snapshot_that_lets_go_of_the_disks_metadata_is_not_deleted() {
         }
     }
 }
+
+/// An opening counts the one before, which the image tells: the largest number there is, too.
+#[test]
+fn an_image_that_says_it_was_opened_as_often_as_can_be_is_opened_once_more() {
+    let images = Images::new();
+    let path = make(&images, false);
+    let runtime = images.path("run");
+    fs::create_dir(&runtime).unwrap();
+    let options = format!(
+        "driver=qcow2,file.driver=file,file.filename={}",
+        path.to_str().unwrap()
+    );
+    let open_and_close = || {
+        let disk = Process::keeping(&runtime).open(&options).unwrap();
+        disk.write(0, &[4; CLUSTER as usize]);
+        disk.close().unwrap();
+    };
+    open_and_close();
+    let mut bytes = fs::read(&path).unwrap();
+    let cookie = bytes.windows(4).position(|word| word == b"StNW");
+    let cookie = cookie.expect("it has been opened") as u64 + 8;
+    put(&mut bytes, cookie, u64::MAX);
+    fs::write(&path, &bytes).unwrap();
+    open_and_close();
+    let after = fs::read(&path).unwrap();
+    assert_eq!(number(&after, cookie, 8), Some(0));
+    assert_clean(&path, "after another opening");
+}

@@ -15,6 +15,7 @@
 //! What the tables say is read by a reader of its own, `walk`.
 
 mod crafted;
+mod segment;
 mod walk;
 
 use std::fs;
