@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::rc::Rc;
 
-use blockcore::Error;
 use blockcore::driver::{
     Preallocation, SnapshotInfo, SnapshotRef, SnapshotSpec, Status, StatusFlags, TruncateFlags,
     WriteFlags, ZeroFlags,
@@ -15,6 +14,7 @@ use blockcore::graph::{Control, Graph, RootId, RootSpec};
 use blockcore::io::buffer::Segments;
 use blockcore::io::{IoContext, RequestKind, Root};
 use blockcore::options::Options;
+use blockcore::{Error, IoError};
 
 /// Runs one of QEMU's tools, which must succeed, and gives what it prints.
 pub(crate) fn qemu(tool: &str, arguments: &[&str]) -> String {
@@ -78,6 +78,14 @@ impl Process {
         let context = IoContext::new(make(EngineChoice::Auto).expect("an engine"));
         let control = Control::new(Graph::new(formats::drivers()), Rc::clone(&context));
         Self { context, control }
+    }
+
+    /// As [`new`](Self::new), with a directory for what has to outlive this process.
+    pub(crate) fn keeping(directory: &Path) -> Self {
+        let process = Self::new();
+        let directory = Some(directory.to_owned());
+        process.control.set_runtime_directory(directory);
+        process
     }
 
     /// Opens what options describe, for writing.
@@ -242,15 +250,18 @@ impl Disk {
     }
 
     pub(crate) fn resize(&self, bytes: u64) {
+        self.try_resize(bytes).expect("it can be resized");
+    }
+
+    pub(crate) fn try_resize(&self, bytes: u64) -> Result<(), IoError> {
         let root = Rc::clone(&self.root);
-        let resized = async move {
+        self.context.block_on(async move {
             let request = root.enter(RequestKind::Truncate, 0, 0).await;
             let flags = TruncateFlags::empty();
             request
                 .truncate(bytes, true, Preallocation::Off, flags)
                 .await
-        };
-        self.context.block_on(resized).expect("it can be resized");
+        })
     }
 
     /// Whether each byte is said to be zero, data, or neither.

@@ -142,7 +142,7 @@ pub(super) async fn open_image(
     let mut table: Vec<u64> = words(&table).collect();
     let mut segment = None;
     if writable {
-        segment = adopt::adopt(source, &mut header, &mut l1, &mut table).await?;
+        segment = adopt::adopt(source, &mut header, &snapshots, &mut l1, &mut table).await?;
     }
     let metadata = Metadata::new(geometry);
     if writable {
@@ -361,7 +361,7 @@ fn mark(metadata: &Metadata, offset: u64, bytes: u64) {
 
 /// Marks what the image needs to be read and written. No two of these may share a cluster: a change of one
 /// would be a change of the other.
-fn mark_active(
+pub(super) fn mark_active(
     metadata: &Metadata,
     header: &Header,
     l1: &[L1Entry],
@@ -403,7 +403,7 @@ fn mark_tables(metadata: &Metadata, l1: &[L1Entry]) {
 }
 
 /// Marks what belongs to snapshots and bitmaps.
-async fn mark_inactive(
+pub(super) async fn mark_inactive(
     source: &Source,
     metadata: &Metadata,
     header: &Header,
