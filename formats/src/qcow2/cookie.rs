@@ -8,7 +8,7 @@
 //! that says the same as before, whenever the power goes.
 
 use super::layout::bytes::{u32_at, u64_at};
-use super::layout::header::Features;
+use super::layout::header::{Features, field};
 
 /// "StNW": the type of the header extension that has it.
 const TYPE: u32 = 0x5374_4e57;
@@ -19,8 +19,8 @@ const HEAD_BYTES: usize = 8;
 /// Fields of the header.
 const BACKING_OFFSET: usize = 8;
 const BACKING_BYTES: usize = 16;
-const AUTOCLEAR: usize = 88;
-const HEADER_BYTES: usize = 100;
+const AUTOCLEAR: usize = field::AUTOCLEAR as usize;
+const HEADER_BYTES: usize = field::HEADER_BYTES as usize;
 
 /// Bytes to write at an offset of the image, durably, before the next.
 pub(super) type Step = (u64, Vec<u8>);
