@@ -152,6 +152,29 @@ impl Disk {
         self.context.block_on(work(self.control.clone()))
     }
 
+    pub(crate) fn amend(&self, options: &str, force: bool) -> Result<(), Error> {
+        let options = Options::parse(options, None)?;
+        self.control(|control| async move { control.amend("disk", options, force).await })
+    }
+
+    /// Hands the image over to another process, which is `other`, and takes it back.
+    pub(crate) fn lend(mut self, other: impl FnOnce()) -> Result<Self, Error> {
+        let (root, id) = (self.root, self.id);
+        let control = self.control.clone();
+        self.context.block_on(async move {
+            drop(root);
+            control.remove_root(id).await?;
+            control.set_active("disk", false).await
+        })?;
+        other();
+        let control = self.control.clone();
+        (self.root, self.id) = self.context.block_on(async move {
+            control.set_active("disk", true).await?;
+            use_it(&control, true).await
+        })?;
+        Ok(self)
+    }
+
     pub(crate) fn take_snapshot(&self, spec: SnapshotSpec) -> Result<(), Error> {
         self.control(|control| async move { control.take_snapshot("disk", spec).await })
     }

@@ -173,8 +173,9 @@ pub trait Driver {
         refuse("have a backing image")
     }
 
-    /// The image is this process's again, after another had it: metadata is read anew. Permissions
-    /// and parents are the graph's affair.
+    /// The image is this process's again, after another had it. Permissions and parents are the graph's
+    /// affair; and so is it that a format's metadata is read anew: [`reopen_prepare`](Self::reopen_prepare)
+    /// follows, unless a change that was to hand the image over is given up. Nobody else had it then.
     ///
     /// # Errors
     ///
@@ -337,7 +338,10 @@ pub trait Driver {
         Err(Error::unsupported("this driver cannot amend its images"))
     }
 
-    /// Amend, second of three: changes the image's own properties.
+    /// Amend, second of three: changes the image's own properties, as options of
+    /// [`DriverType::amend_options`](super::DriverType::amend_options) say. An option `size` is checked
+    /// here, and done by the core afterwards. Whether it succeeds or not, the image is read anew:
+    /// [`reopen_prepare`](Self::reopen_prepare) follows, as if the image had been inactive.
     ///
     /// # Errors
     ///

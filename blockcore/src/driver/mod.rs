@@ -276,6 +276,8 @@ pub struct DriverType {
     pub create_on: Option<CreateOnFn>,
     /// What [`create`](Self::create) and [`create_on`](Self::create_on) take, children excepted.
     pub create_options: &'static [OptionSpec],
+    /// What [`Driver::amend`] takes; none if images cannot be amended.
+    pub amend_options: &'static [OptionSpec],
     /// How large an image becomes; `None` if the driver cannot tell.
     pub measure: Option<MeasureFn>,
 }
@@ -330,6 +332,7 @@ impl DriverType {
         create: None,
         create_on: None,
         create_options: &[],
+        amend_options: &[],
         measure: None,
     };
 

@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use super::permission::Permissions;
 use super::{Change, Control, NodeId, Operation, RootSpec};
 use crate::drain::Scope;
-use crate::driver::{Preallocation, TruncateFlags};
+use crate::driver::{DriverKind, Preallocation, TruncateFlags};
 use crate::io::RequestKind;
 use crate::{Error, ErrorKind, IoError};
 
@@ -175,6 +175,10 @@ impl Change {
             let io = driver.take().activate(root).await?;
             if let Some(io) = io {
                 self.state_mut().replaced.insert(id, io);
+            }
+            // Another process may have written to it.
+            if self.state().shape.vertex(id).kind.kind == DriverKind::Format {
+                self.reread(id).await?;
             }
         }
         Ok(())

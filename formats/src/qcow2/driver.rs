@@ -7,16 +7,18 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use blockcore::driver::{
-    Activation, BackingName, Driver, Limits, OpenModes, ReopenRequest, Reopened, Role,
-    SnapshotInfo, SnapshotRef, SnapshotSpec, WriteFlags,
+    BackingName, Driver, Limits, OpenModes, ReopenRequest, Reopened, Role, SnapshotInfo,
+    SnapshotRef, SnapshotSpec,
 };
 use blockcore::engine::HostCall;
 use blockcore::io::buffer::Segments;
 use blockcore::io::{Io, RequestKind, Root};
+use blockcore::options::Options;
 use blockcore::{Error, ErrorKind, IoError};
 use futures_util::FutureExt;
 use futures_util::future::LocalBoxFuture;
 
+use super::head::Switch;
 use super::image::{DATA_FILE, FILE, Image, RunOptions, write_bytes};
 use super::io::Qcow2Io;
 use super::layout::HostOffset;
@@ -30,6 +32,8 @@ pub(super) struct Qcow2Driver {
     runtime_directory: Option<PathBuf>,
     /// What a reopen has prepared.
     prepared: RefCell<Option<Prepared>>,
+    /// The image's file has been changed otherwise than what is in memory: it is to be read anew.
+    is_stale: bool,
 }
 
 /// What a reopen will have changed.
@@ -46,6 +50,14 @@ impl Qcow2Driver {
             image: Arc::clone(image),
             runtime_directory,
             prepared: RefCell::new(None),
+            is_stale: false,
+        }
+    }
+
+    /// Does no more with an image that could not be read anew when it had to be.
+    fn give_up_stale(&self) {
+        if self.is_stale {
+            self.image.gate.break_off();
         }
     }
 
@@ -111,13 +123,20 @@ impl Driver for Qcow2Driver {
                 return Ok(Reopened::default());
             }
             // Nothing of it is kept back: it is read anew.
+            if self.is_stale && self.image.gate.is_broken() {
+                return Err(Error::new(
+                    ErrorKind::Io,
+                    format!("the image of node '{}' could not be written", request.node_name),
+                ));
+            }
             let file = request.children[0].as_ref().expect("not optional");
             let source = Source {
                 node: request.node_name.clone(),
                 root: Rc::clone(&file.root),
                 runtime_directory: self.runtime_directory.clone(),
             };
-            let image = open_image(&source, &request.options, request.modes).await?;
+            let opened = open_image(&source, &request.options, request.modes).await;
+            let image = opened.inspect_err(|_| self.give_up_stale())?;
             *self.prepared.borrow_mut() = Some(Prepared::Image(Arc::clone(&image)));
             Ok(Reopened {
                 io: Some(Arc::new(Qcow2Io(image))),
@@ -128,7 +147,10 @@ impl Driver for Qcow2Driver {
 
     fn reopen_commit(&mut self) {
         match self.prepared.take() {
-            Some(Prepared::Image(image)) => self.image = image,
+            Some(Prepared::Image(image)) => {
+                self.image = image;
+                self.is_stale = false;
+            }
             Some(Prepared::Options(options)) => self.image.set_options(options),
             None => {}
         }
@@ -136,6 +158,7 @@ impl Driver for Qcow2Driver {
 
     fn reopen_abort(&mut self) {
         self.prepared.take();
+        self.give_up_stale();
     }
 
     fn stop_writing(&mut self, root: Rc<Root>) -> LocalBoxFuture<'_, Result<(), Error>> {
@@ -144,11 +167,6 @@ impl Driver for Qcow2Driver {
 
     fn inactivate(&mut self, root: Rc<Root>) -> LocalBoxFuture<'_, Result<(), Error>> {
         async move { self.finish(&root).await }.boxed_local()
-    }
-
-    fn activate(&mut self, root: Rc<Root>) -> LocalBoxFuture<'_, Activation> {
-        let _ = root;
-        async { Err(Error::unsupported("qcow2 images cannot be activated yet")) }.boxed_local()
     }
 
     fn backing(&self) -> Option<BackingName> {
@@ -207,8 +225,11 @@ impl Driver for Qcow2Driver {
             }
             header.extensions.backing_format = backing.as_ref().and_then(|new| new.format.clone());
             header.backing = backing.map(|new| new.name);
-            let bytes = header.serialise()?;
-            let written = write_stable(io, &bytes).await;
+            let old = self.image.header().clone();
+            let switch = Switch::prepare(io, &old, &header).await?;
+            let flushed = io.child(FILE).flush().await;
+            flushed.map_err(|error| failed(io.name(), "flush", error))?;
+            let written = switch.run(io).await;
             written.map_err(|error| failed(io.name(), "write the header of", error))?;
             *self.image.header() = header;
             Ok(())
@@ -264,6 +285,24 @@ impl Driver for Qcow2Driver {
         .boxed_local()
     }
 
+    fn amend_begin(&mut self, _options: &Options) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn amend(
+        &mut self,
+        root: Rc<Root>,
+        options: Options,
+        force: bool,
+    ) -> LocalBoxFuture<'_, Result<(), Error>> {
+        async move {
+            let request = root.enter(RequestKind::Write, 0, 0).await;
+            self.is_stale = true;
+            self.image.amend(request.io(), &options, force).await
+        }
+        .boxed_local()
+    }
+
     fn save_vm_state(
         &mut self,
         root: Rc<Root>,
@@ -311,14 +350,6 @@ impl Driver for Qcow2Driver {
     }
 }
 
-/// Writes the image's first bytes, durably. What stands behind them was durable before.
-async fn write_stable(io: Io<'_>, bytes: &[u8]) -> Result<(), IoError> {
-    io.child(FILE).flush().await?;
-    let from = Segments::allocate(bytes.len(), 4096);
-    from.copy_from(bytes);
-    io.child(FILE).write(0, from, WriteFlags::STABLE).await
-}
-
 impl Image {
     /// Writes everything back, and leaves nothing counted that nothing refers to. No request is under way.
     pub(super) async fn finish(&self, io: Io<'_>) -> Result<(), IoError> {
@@ -335,7 +366,7 @@ impl Image {
 
     /// Everything is in the image: nothing needs to outlive this process. What is written all the same is
     /// made durable before it completes.
-    async fn leave_segment(&self, io: Io<'_>) -> Result<(), IoError> {
+    pub(super) async fn leave_segment(&self, io: Io<'_>) -> Result<(), IoError> {
         let Some(segment) = &self.segment else {
             return Ok(());
         };

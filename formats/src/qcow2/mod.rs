@@ -13,11 +13,13 @@
 //! | writing metadata back | `committer` |
 //! | what completed survives a kill | `segment`, `replay`, `adopt`, `cookie` |
 //! | making images | `create/` |
+//! | making them others: version, width of counts, features | `amend/`, `head` |
 //! | checking and repairing them | `check/` |
 //! | snapshots inside of them, and a machine's state | `snapshot/`, `vm_state` |
 
 mod adopt;
 mod alloc;
+mod amend;
 mod cache;
 pub mod check;
 mod committer;
@@ -26,6 +28,7 @@ mod cookie;
 pub mod create;
 mod driver;
 mod gate;
+mod head;
 mod image;
 mod io;
 mod layout;
@@ -79,6 +82,8 @@ pub static QCOW2: DriverType = DriverType {
     create: Some(|context, options| create::create(context, options).boxed_local()),
     create_on: Some(|children, options| make(children, options).boxed_local()),
     create_options: create::CREATE_OPTIONS,
+    amend_options: amend::AMEND_OPTIONS,
+    measure: Some(|options, source| create::measure(options, source).boxed_local()),
     ..DriverType::FORMAT
 };
 

@@ -33,7 +33,7 @@ pub struct ConvertArgs {
     /// The images that are copied are given as options: driver=qcow2,file.filename=disk.qcow2
     #[arg(long, alias = "image-opts")]
     pub source_image_opts: bool,
-    /// Copy this snapshot in the image
+    /// Copy this snapshot in the image: its identifier or name, or snapshot.id=...,snapshot.name=...
     #[arg(short = 'l', long, value_name = "SNAPSHOT")]
     pub source_snapshot: Option<String>,
     /// How the images are read
@@ -230,6 +230,15 @@ async fn open_sources(program: &Program, args: &ConvertArgs) -> Result<Vec<Image
         ..How::reading(&format, Probing::Refused("-f"))?
     };
     let mut sources = Vec::new();
+    if let Some(snapshot) = &args.source_snapshot {
+        let [name] = &args.filenames[..] else {
+            return Err(Error::invalid(
+                "a snapshot (-l) is copied from one image, and not from several",
+            ));
+        };
+        sources.push(program.open_snapshot(name, &how, snapshot).await?);
+        return Ok(sources);
+    }
     for name in &args.filenames {
         sources.push(program.open(name, &how).await?);
     }
@@ -238,16 +247,12 @@ async fn open_sources(program: &Program, args: &ConvertArgs) -> Result<Vec<Image
 
 impl ConvertArgs {
     fn refuse_what_is_missing(&self) -> Result<(), Error> {
-        let missing = [
-            ("-l", self.source_snapshot.is_some()),
-            ("--bitmaps", self.bitmaps),
-        ];
-        match missing.iter().find(|(_, given)| *given) {
-            Some((name, _)) => Err(Error::unsupported(format!(
-                "option {name} of convert is not in this version of stonework"
-            ))),
-            None => Ok(()),
+        if self.bitmaps {
+            return Err(Error::unsupported(
+                "option --bitmaps of convert is not in this version of stonework",
+            ));
         }
+        Ok(())
     }
 
     /// How to copy to a target that is open.

@@ -1,0 +1,90 @@
+//! How large an image becomes. Pure, but for the look at what is copied.
+//!
+//! As `qemu-img measure` has it: clusters of the external data file count as the image's own, and with a
+//! backing image everything counts as its own, since nobody knows what the two have in common.
+
+use std::rc::Rc;
+
+use blockcore::driver::{Measured, StatusFlags};
+use blockcore::io::{RequestKind, Root};
+use blockcore::options::{OptionSpec, Options};
+use blockcore::{Error, ErrorKind};
+
+use super::plan::Plan;
+use super::spec::{CREATE_OPTIONS, Spec};
+
+/// See [`DriverType::measure`](blockcore::driver::DriverType::measure).
+///
+/// # Errors
+///
+/// [`ErrorKind::Invalid`] for options that make no image; what could not be looked at.
+pub(in super::super) async fn measure(
+    mut options: Options,
+    source: Option<Rc<Root>>,
+) -> Result<Measured, Error> {
+    const TABLE: &[OptionSpec] = CREATE_OPTIONS;
+    let take = |options: &mut Options, name: &str| {
+        let value = options.take(name);
+        value.is_some_and(|value| !value.is_empty())
+    };
+    let has_backing = take(&mut options, "backing-file");
+    for name in [
+        "backing-fmt",
+        "data-file",
+        "data-file-raw",
+        "lazy-refcounts",
+    ] {
+        take(&mut options, name);
+    }
+    let is_full = matches!(options.text(TABLE, "preallocation"), "falloc" | "full");
+    // Its plan has all clusters, and tables for them.
+    options.set("preallocation", "metadata");
+    if let Some(source) = &source {
+        options.set("size", source.bytes().next_multiple_of(512).to_string());
+    }
+    let spec = Spec::parse(&options, None)?;
+    let cluster = spec.geometry().cluster_bytes();
+    let disk_bytes = spec.bytes.next_multiple_of(cluster);
+    let fully_allocated_bytes = Plan::unchecked(&spec)?.bytes();
+    let data_bytes = match &source {
+        _ if is_full => disk_bytes,
+        None => 0,
+        Some(_) if has_backing => disk_bytes,
+        Some(source) => data_bytes(source, cluster).await?,
+    };
+    Ok(Measured {
+        required_bytes: fully_allocated_bytes - disk_bytes + data_bytes,
+        fully_allocated_bytes,
+        bitmaps_bytes: None,
+    })
+}
+
+/// Bytes of clusters with anything in them but zeroes.
+async fn data_bytes(source: &Rc<Root>, cluster: u64) -> Result<u64, Error> {
+    let end = source.bytes();
+    let (mut offset, mut counted) = (0, 0);
+    while offset < end {
+        let request = source.enter(RequestKind::Other, 0, 0).await;
+        let io = request.io();
+        let status = io.status_above(|_| false, true, offset, end - offset).await;
+        let (status, _) = status.map_err(|error| {
+            let text = format!(
+                "cannot look at node '{}' at offset {offset}: {error}",
+                io.name()
+            );
+            Error::new(ErrorKind::Io, text)
+        })?;
+        let mut bytes = status.bytes.min(end - offset);
+        if bytes == 0 {
+            return Err(Error::new(ErrorKind::Io, "it gets shorter meanwhile"));
+        }
+        let held = StatusFlags::DATA | StatusFlags::ALLOCATED;
+        if status.flags.contains(held) && !status.flags.contains(StatusFlags::ZERO) {
+            // The whole of its last cluster, and of its first.
+            bytes = (offset + bytes).next_multiple_of(cluster) - offset;
+            counted += offset % cluster + bytes;
+        }
+        offset += bytes;
+    }
+    Ok(counted)
+}
