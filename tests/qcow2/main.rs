@@ -1,5 +1,6 @@
 //! qcow2 images: what we make of them, and what QEMU's tools make of what we do.
 
+mod bitmaps;
 mod differential;
 mod grow;
 mod hostile;

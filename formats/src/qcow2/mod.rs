@@ -14,10 +14,12 @@
 //! | what completed survives a kill | `segment`, `replay`, `adopt`, `cookie` |
 //! | making images | `create/` |
 //! | checking and repairing them | `check/` |
+//! | dirty bitmaps that are kept in them | `bitmaps/` |
 //! | snapshots inside of them, and a machine's state | `snapshot/`, `vm_state` |
 
 mod adopt;
 mod alloc;
+mod bitmaps;
 mod cache;
 pub mod check;
 mod committer;

@@ -1,5 +1,6 @@
 //! `stonework img convert`: copies images to a new one, of another format if wanted.
 
+mod bitmaps;
 mod copy;
 
 use std::rc::Rc;
@@ -140,6 +141,10 @@ pub(super) async fn run(program: Rc<Program>, mut args: ConvertArgs) -> Result<u
         return Err(not_compressible(format.name).into());
     }
     let sources = open_sources(&program, &args).await?;
+    let bitmaps = match args.bitmaps {
+        true => bitmaps::to_copy(&program, &sources, args.skip_broken_bitmaps)?,
+        false => Vec::new(),
+    };
     let bytes: u64 = sources.iter().map(Image::bytes).sum();
 
     let mut options = program.creation_options(format, &args.target_options)?;
@@ -206,6 +211,9 @@ pub(super) async fn run(program: Rc<Program>, mut args: ConvertArgs) -> Result<u
     progress.finish();
     drop(progress);
     let (sources, target) = copy.into_images();
+    if args.bitmaps {
+        bitmaps::copy(&program, &sources[0], &target, bitmaps).await?;
+    }
     target.flush().await?;
     target.close().await?;
     for source in sources {
@@ -238,10 +246,7 @@ async fn open_sources(program: &Program, args: &ConvertArgs) -> Result<Vec<Image
 
 impl ConvertArgs {
     fn refuse_what_is_missing(&self) -> Result<(), Error> {
-        let missing = [
-            ("-l", self.source_snapshot.is_some()),
-            ("--bitmaps", self.bitmaps),
-        ];
+        let missing = [("-l", self.source_snapshot.is_some())];
         match missing.iter().find(|(_, given)| *given) {
             Some((name, _)) => Err(Error::unsupported(format!(
                 "option {name} of convert is not in this version of stonework"
