@@ -125,7 +125,7 @@ fn a_file_that_cannot_get_longer_is_as_long_as_before() {
 }
 
 #[test]
-fn direct_io_has_a_length_in_whole_units_or_a_little_more_where_that_will_do() {
+fn direct_io_has_any_length_and_a_little_more_where_that_will_do() {
     let mount = match Mount::ext4(64 * MIB, 4096) {
         Ok(mount) => mount,
         Err(reason) => return skip("lengths on coarse blocks", &reason),
@@ -135,11 +135,25 @@ fn direct_io_has_a_length_in_whole_units_or_a_little_more_where_that_will_do() {
         EngineChoice::Threads,
         &file_options(&path, ",cache.direct=on"),
     );
-    let refused = disk.truncate(MIB + 512, true, Preallocation::Off, NONE);
-    assert_eq!((refused, disk.bytes()), (Err(IoError::Unsupported), MIB));
     disk.truncate(MIB + 512, false, Preallocation::Off, NONE)
         .expect("at least so long");
     assert_eq!((disk.bytes(), length(&path)), (MIB + 4096, MIB + 4096));
+    disk.write(MIB, &[0x56; 1024]).expect("a write");
+    for (bytes, preallocation) in [
+        (MIB + 512, Preallocation::Off),
+        (MIB + 1536, Preallocation::Full),
+        (2 * MIB + 512, Preallocation::Reserve),
+        (3 * MIB + 512, Preallocation::Full),
+    ] {
+        disk.truncate(bytes, true, preallocation, TruncateFlags::ZERO)
+            .expect("there is room");
+        assert_eq!((disk.bytes(), length(&path)), (bytes, bytes));
+        let data = disk.read(MIB, (bytes - MIB) as usize).expect("a read");
+        assert!(data[..512] == [0x56; 512] && data[512..].iter().all(|byte| *byte == 0));
+    }
+    // A part of the last unit, with what follows it.
+    disk.write(3 * MIB, &[0x78; 512]).expect("a write");
+    assert!(disk.read(3 * MIB, 512).expect("a read") == [0x78; 512]);
     disk.close();
 }
 

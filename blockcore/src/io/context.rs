@@ -330,6 +330,10 @@ impl IoContext {
             }
             events.clear();
         }
+        // What it has posted to this context is done, too: nobody else may ever turn it.
+        while self.take_posts() {
+            self.executor.run();
+        }
         let mut task = std::pin::pin!(task);
         let mut context = std::task::Context::from_waker(Waker::noop());
         match task.as_mut().poll(&mut context) {
@@ -400,6 +404,15 @@ impl Drop for Timer<'_> {
 mod tests {
     use super::*;
     use crate::engine::{EngineChoice, make};
+
+    #[test]
+    fn what_was_posted_last_is_done_when_the_caller_has_its_answer() {
+        let cx = IoContext::new(make(EngineChoice::Threads).unwrap());
+        let done = Arc::new(AtomicBool::new(false));
+        let (handle, sign) = (cx.handle().clone(), Arc::clone(&done));
+        cx.block_on(async move { handle.post(move |_| sign.store(true, Ordering::SeqCst)) });
+        assert!(done.load(Ordering::SeqCst));
+    }
 
     #[test]
     fn timers_fire_in_order_and_a_dropped_one_leaves_nothing_behind() {

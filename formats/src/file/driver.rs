@@ -10,7 +10,7 @@
 
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use blockcore::Error;
 use blockcore::driver::{Driver, Limits, OpenModes, OpenRequest, Opened, ReopenRequest, Reopened};
@@ -124,6 +124,7 @@ impl FileDriver {
                 Err(error) => return Err(error),
             },
         };
+        self.check_end(&io, users)?;
         if let Some(locks) = &self.locks {
             let shares = match modes.force_share {
                 true => Permissions::all(),
@@ -143,6 +144,20 @@ impl FileDriver {
         Ok(Reopened {
             io: is_other.then_some(io as _),
         })
+    }
+
+    /// A write to a part of the last unit would make the file longer.
+    fn check_end(&self, io: &FileIo, users: Users) -> Result<(), Error> {
+        let (bytes, unit) = (io.bytes().load(Ordering::Acquire), io.request_alignment());
+        let may_grow = users.needs.contains(Permissions::RESIZE);
+        if bytes.is_multiple_of(unit) || !users.needs.contains(Permissions::WRITE) || may_grow {
+            return Ok(());
+        }
+        Err(Error::invalid(format!(
+            "'{}' has {bytes} bytes, not a multiple of the {unit} that direct I/O needs to write there: use the \
+             page cache (cache mode writeback or writethrough) or extend it",
+            self.path
+        )))
     }
 
     async fn open_anew(

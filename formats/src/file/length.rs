@@ -47,12 +47,10 @@ impl FileIo {
             self.bytes().store(is, Ordering::Release);
             return Ok(());
         }
-        let unit = self.request_alignment();
-        if exact && !bytes.is_multiple_of(unit) {
-            // Direct I/O could not reach the end.
-            return Err(IoError::Unsupported);
-        }
-        let bytes = align::up(bytes, unit);
+        let bytes = match exact {
+            true => bytes,
+            false => align::up(bytes, self.request_alignment()),
+        };
         if bytes <= before {
             self.set_length(io, bytes).await?;
         } else if let Err(error) = self.grow(io, before, bytes, preallocation, flags).await {
@@ -108,8 +106,8 @@ impl FileIo {
     }
 }
 
-/// Prepares space from `from` to `to`, both multiples of `unit`, which are not less than the file's
-/// length. That may have changed afterwards, also on failure. The file is attached.
+/// Prepares space from `from` to `to`, which are not less than the file's length, and at least whole units of
+/// it. The length may have changed afterwards, also on failure. The file is attached.
 ///
 /// # Errors
 ///
@@ -127,11 +125,16 @@ pub(crate) async fn prepare_space(
             context.host(call).await?;
             Ok(())
         }
-        Preallocation::Full => write_zeroes(context, file, (from, to), unit).await,
+        Preallocation::Full => {
+            // Where the file ends inside of a unit, that has its place already.
+            let units = (align::up(from, unit), align::up(to, unit));
+            write_zeroes(context, file, units, unit).await
+        }
         _ => Ok(()),
     }
 }
 
+/// Writes zeroes from one multiple of `unit` to another.
 async fn write_zeroes(
     context: &IoContext,
     file: &Arc<OpenFile>,

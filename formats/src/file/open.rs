@@ -62,14 +62,6 @@ impl Description {
                 format!("device '{path}' is read-only: open it with 'read-only=on'"),
             ));
         }
-        let unit = metadata.direct_alignment;
-        if way.direct && !metadata.bytes.is_multiple_of(u64::from(unit)) {
-            return Err(Error::invalid(format!(
-                "'{path}' has {} bytes, not a multiple of the {unit} that direct I/O needs there: use \
-                 the page cache (cache mode writeback or writethrough) or extend it",
-                metadata.bytes
-            )));
-        }
         Ok(Self {
             file,
             way,

@@ -12,13 +12,10 @@ use blockcore::{Error, ErrorKind};
 use super::cookie;
 use super::layout::HostOffset;
 use super::layout::entry::L1Entry;
-use super::layout::header::{Features, Header};
+use super::layout::header::{Features, Header, field};
 use super::open::Source;
 use super::replay::{Replay, Tables};
 use super::segment::{self, CrashSegment, Owner};
-
-/// Where the autoclear features are in the header.
-const HEADER_AUTOCLEAR: u64 = 88;
 
 /// Puts what an earlier process left into the image, whose tables are changed accordingly, and begins a
 /// segment. `None` where there can be none, or nothing asks for one.
@@ -104,7 +101,7 @@ pub(super) async fn adopt(
     header.features.autoclear |= Features::SEGMENT;
     header.features.autoclear &= !header.unknown_autoclear();
     let autoclear = header.features.autoclear.to_be_bytes();
-    write_durably(source, HEADER_AUTOCLEAR, &autoclear).await?;
+    write_durably(source, field::AUTOCLEAR, &autoclear).await?;
     Ok(Some(Arc::new(segment)))
 }
 

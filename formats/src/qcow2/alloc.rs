@@ -17,7 +17,8 @@ use blockcore::fault::{self, Fault};
 use blockcore::io::Io;
 
 use super::image::{FILE, Image, TURN_BITS, read_bytes, write_bytes};
-use super::layout::header::MAX_REFCOUNT_TABLE_BYTES;
+use super::layout::bytes::from_words;
+use super::layout::header::{MAX_REFCOUNT_TABLE_BYTES, field};
 use super::layout::{HostOffset, set_refcount};
 use super::limbo::{Cause, Freed};
 use super::refcount::{BlockNumber, ClusterNumber, Missing, Run};
@@ -28,8 +29,6 @@ const RESERVE_CLUSTERS: std::ops::RangeInclusive<u64> = 16..=1024;
 const RESERVE_BYTES: u64 = 64 << 20;
 /// Past this many pieces in limbo a round is run for their sake.
 const LIMBO_PIECES: usize = 1024;
-/// Where in the header the refcount table's offset and size are.
-const HEADER_REFCOUNT_TABLE: HostOffset = HostOffset(48);
 
 /// What a cluster is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -116,6 +115,7 @@ impl Image {
             self.check_whole()?;
             let taken = self.with_pools(|pools| pools.pool(class).take(most));
             if let Some(taken) = taken {
+                self.check_free(io, taken.start, taken.count).await?;
                 return Ok(taken);
             }
             let _turn = self.reserving.begin(0, 1, true).await;
@@ -123,6 +123,26 @@ impl Image {
                 self.reserve(io, class, most).await?;
             }
         }
+    }
+
+    /// Whether clusters that count as free, or that nothing counts, hold no metadata: before anything is
+    /// written there.
+    pub(super) async fn check_free(
+        &self,
+        io: Io<'_>,
+        start: ClusterNumber,
+        count: u64,
+    ) -> Result<(), IoError> {
+        let place = HostOffset(start << self.geometry.cluster_bits);
+        let bytes = count << self.geometry.cluster_bits;
+        if !self.metadata.overlaps(place, bytes) {
+            return Ok(());
+        }
+        let message = format!(
+            "clusters at offset {:#x} count as free, and hold metadata",
+            place.0
+        );
+        Err(self.corrupt(io, message, (place, bytes), true).await)
     }
 
     /// Reserved clusters that were not mapped, for the next who needs some. Nothing is being written there.
@@ -146,19 +166,10 @@ impl Image {
         let before = self.pools().pool(class).reserved;
         let wanted = (before * 2).max(at_least).clamp(smallest, most);
         let run = self.find_free(io, wanted).await?;
-        let place = (
-            HostOffset(run.start << self.geometry.cluster_bits),
-            run.count << self.geometry.cluster_bits,
-        );
-        if self.metadata.overlaps(place.0, place.1) {
-            let message = format!(
-                "clusters at offset {:#x} count as free, and hold metadata",
-                place.0.0
-            );
-            return Err(self.corrupt(io, message, place, true).await);
-        }
+        self.check_free(io, run.start, run.count).await?;
+        let end = (run.start + run.count) << self.geometry.cluster_bits;
         let end_before = self.geometry.clusters(io.child(FILE).bytes());
-        if let Err(error) = self.lengthen(io, place.0.0 + place.1).await {
+        if let Err(error) = self.lengthen(io, end).await {
             self.uncount(io, run).await?;
             return Err(error);
         }
@@ -230,13 +241,7 @@ impl Image {
                     }
                     let place = HostOffset(run.start << self.geometry.cluster_bits);
                     let bytes = count << self.geometry.cluster_bits;
-                    if self.metadata.overlaps(place, bytes) {
-                        let message = format!(
-                            "clusters at offset {:#x} count as free, and hold metadata",
-                            place.0
-                        );
-                        return Err(self.corrupt(io, message, (place, bytes), true).await);
-                    }
+                    self.check_free(io, run.start, count).await?;
                     if let Err(error) = self.lengthen(io, place.0 + bytes).await {
                         self.uncount(io, run).await?;
                         return Err(error);
@@ -338,13 +343,7 @@ impl Image {
         if !self.metadata.reaches(end) || end.0 > blockcore::io::MAX_BYTES {
             return Err(IoError::NoSpace);
         }
-        if self.metadata.overlaps(place, bytes) {
-            let message = format!(
-                "nothing counts the clusters from offset {:#x} on, and they hold metadata",
-                place.0
-            );
-            return Err(self.corrupt(io, message, (place, bytes), true).await);
-        }
+        self.check_free(io, first, count).await?;
         self.lengthen(io, end.0).await?;
         self.metadata.add(place, bytes);
         Ok(place)
@@ -388,8 +387,7 @@ impl Image {
             write_bytes(io, host, &counts).await?;
         }
         let table_place = HostOffset(place.0 + (blocks << g.cluster_bits));
-        let bytes: Vec<u8> = table.iter().flat_map(|entry| entry.to_be_bytes()).collect();
-        write_bytes(io, table_place, &bytes).await?;
+        write_bytes(io, table_place, &from_words(&table)).await?;
         io.child(FILE).flush().await?;
         let old_place = self.refcounts.place();
         let (old_clusters, fields) = {
@@ -401,7 +399,7 @@ impl Image {
             fields.extend((clusters as u32).to_be_bytes());
             (old_clusters, fields)
         };
-        write_bytes(io, HEADER_REFCOUNT_TABLE, &fields).await?;
+        write_bytes(io, HostOffset(field::REFCOUNT_TABLE), &fields).await?;
         io.child(FILE).flush().await?;
         self.refcounts.replace_table(table_place, table);
         self.metadata

@@ -194,11 +194,6 @@ impl Image {
         }
         let next: Reserved = self.allocate(io, Class::Data, 1).await?;
         let start = next.start << bits;
-        if self.metadata.overlaps(HostOffset(start), cluster_bytes) {
-            let message = format!("a free cluster at offset {start:#x} holds metadata");
-            let what = (HostOffset(start), cluster_bytes);
-            return Err(self.corrupt(io, message, what, true).await);
-        }
         let begin = match tail {
             Some(begin) if begin.next_multiple_of(cluster_bytes) == start => begin,
             Some(begin) => {

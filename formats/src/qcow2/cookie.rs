@@ -7,7 +7,7 @@
 //! An image that was not made here has no room for one. It is made in steps ([`room`]).
 
 use super::layout::bytes::{u32_at, u64_at};
-use super::layout::header::Features;
+use super::layout::header::{Features, field};
 use super::layout::room::{self, HEAD_BYTES, Step};
 
 /// "StNW": the type of the header extension that has it.
@@ -15,7 +15,7 @@ const TYPE: u32 = 0x5374_4e57;
 /// Bytes of its data: the cookie, and as much that is zero.
 const DATA_BYTES: usize = 32;
 /// Where in the header the autoclear features are.
-const AUTOCLEAR: usize = 88;
+const AUTOCLEAR: usize = field::AUTOCLEAR as usize;
 
 /// The cookie that there is in a header's cluster, version 3.
 pub(super) fn find(cluster: &[u8]) -> Option<u64> {

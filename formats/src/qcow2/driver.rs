@@ -22,11 +22,8 @@ use super::image::{DATA_FILE, FILE, Image, RunOptions, write_bytes};
 use super::io::Qcow2Io;
 use super::layout::HostOffset;
 use super::layout::entry::L2Entry;
-use super::layout::header::{Features, MAX_BACKING_BYTES};
+use super::layout::header::{Features, MAX_BACKING_BYTES, field};
 use super::open::{Source, open_image, run_options};
-
-/// Where the autoclear features are in the header.
-const HEADER_AUTOCLEAR: HostOffset = HostOffset(88);
 
 /// See the module's header.
 pub(super) struct Qcow2Driver {
@@ -405,7 +402,7 @@ impl Image {
             header.features.autoclear &= !Features::SEGMENT;
             header.features.autoclear
         };
-        write_bytes(io, HEADER_AUTOCLEAR, &autoclear.to_be_bytes()).await?;
+        write_bytes(io, HostOffset(field::AUTOCLEAR), &autoclear.to_be_bytes()).await?;
         io.child(FILE).flush().await?;
         segment.close();
         self.allow_plain_writes();

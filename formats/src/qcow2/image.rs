@@ -28,7 +28,7 @@ use super::cache::SliceCache;
 use super::compress::Tail;
 use super::gate::Gate;
 use super::layout::entry::L1Entry;
-use super::layout::header::{Features, Header};
+use super::layout::header::{Features, Header, field};
 use super::layout::{Geometry, HostOffset};
 use super::limbo::Limbo;
 use super::overlap::Metadata;
@@ -238,7 +238,8 @@ impl Image {
             header.features.incompatible |= Features::CORRUPT;
             header.features.incompatible
         };
-        let written = write_bytes(io, HostOffset(72), &features.to_be_bytes()).await;
+        let written =
+            write_bytes(io, HostOffset(field::INCOMPATIBLE), &features.to_be_bytes()).await;
         let marked = match written {
             Ok(()) => io.child(FILE).flush().await,
             Err(error) => Err(error),

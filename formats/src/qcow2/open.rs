@@ -27,7 +27,7 @@ use super::io::Qcow2Io;
 use super::layout::bytes::words;
 use super::layout::entry::L1Entry;
 use super::layout::extension::BITMAPS;
-use super::layout::header::{Features, Header, PREFIX_BYTES, Purpose};
+use super::layout::header::{Features, Header, PREFIX_BYTES, Purpose, field};
 use super::layout::room;
 use super::layout::snapshot::{MAX_TABLE_BYTES, Snapshot};
 use super::layout::{Geometry, HostOffset};
@@ -37,8 +37,6 @@ use super::refcount::Refcounts;
 use super::snapshot::Snapshots;
 use crate::rounds::Rounds;
 
-/// Where the autoclear features are in the header.
-const HEADER_AUTOCLEAR: u64 = 88;
 /// Most memory for L2 tables unless options say otherwise, as QEMU has it.
 const DEFAULT_L2_BYTES: u64 = 32 << 20;
 /// Part of a table that is loaded at once, unless options say otherwise.
@@ -372,7 +370,7 @@ async fn clear_features(
     segments.copy_from(&bytes);
     let written = source
         .root
-        .write(HEADER_AUTOCLEAR, segments, WriteFlags::STABLE);
+        .write(field::AUTOCLEAR, segments, WriteFlags::STABLE);
     written
         .await
         .map_err(|error| source.failed("write the header of", error))

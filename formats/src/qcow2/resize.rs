@@ -8,14 +8,10 @@ use blockcore::io::buffer::Segments;
 use super::alloc::Class;
 use super::image::{FILE, Image, write_bytes};
 use super::layout::entry::{L1Entry, L2Entry};
-use super::layout::header::MAX_L1_BYTES;
+use super::layout::header::{MAX_L1_BYTES, field};
 use super::layout::{Geometry, HostOffset};
 use super::limbo::{Cause, Freed};
 
-/// Where in the header the length is.
-const HEADER_BYTES: HostOffset = HostOffset(24);
-/// Where in the header the L1 table's size and offset are.
-const HEADER_L1: HostOffset = HostOffset(36);
 /// How much is preallocated at once.
 const PIECE_BYTES: u64 = 64 << 20;
 
@@ -200,7 +196,7 @@ impl Image {
 
     async fn set_length(&self, io: Io<'_>, bytes: u64) -> Result<(), IoError> {
         io.child(FILE).flush().await?;
-        write_bytes(io, HEADER_BYTES, &bytes.to_be_bytes()).await?;
+        write_bytes(io, HostOffset(field::BYTES), &bytes.to_be_bytes()).await?;
         io.child(FILE).flush().await?;
         self.header().bytes = bytes;
         self.set_bytes(bytes);
@@ -229,17 +225,14 @@ impl Image {
         let place = self.allocate_side_by_side(io, clusters).await?;
         let mut entries = self.l1().entries.clone();
         entries.resize(needed as usize, L1Entry::default());
-        let table: Vec<u8> = entries
-            .iter()
-            .flat_map(|entry| entry.0.to_be_bytes())
-            .collect();
+        let table = L1Entry::table_bytes(&entries);
         self.metadata.add(place, clusters << g.cluster_bits);
         write_bytes(io, place, &table).await?;
         // The counts of its clusters too, before anything refers to them.
         self.commit(io).await?;
         let mut fields = (needed as u32).to_be_bytes().to_vec();
         fields.extend(place.0.to_be_bytes());
-        write_bytes(io, HEADER_L1, &fields).await?;
+        write_bytes(io, HostOffset(field::L1), &fields).await?;
         io.child(FILE).flush().await?;
         {
             let mut header = self.header();

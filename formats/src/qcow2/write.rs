@@ -396,10 +396,6 @@ impl Image {
             self.give_back(Class::Metadata, place);
             return Err(error);
         }
-        if self.metadata.overlaps(host, cluster) {
-            let message = format!("a free cluster at offset {:#x} holds metadata", host.0);
-            return Err(self.corrupt(io, message, (host, cluster), true).await);
-        }
         self.metadata.add(host, cluster);
         {
             let mut l1 = self.l1();

@@ -6,11 +6,9 @@
 //! and nobody believes them.
 
 use crate::qcow2::layout::extension::{BITMAPS, BitmapDirectory};
-use crate::qcow2::layout::header::Features;
+use crate::qcow2::layout::header::{Features, field};
 use crate::qcow2::layout::room::{self, HEAD_BYTES, Step};
 
-/// Where in the header the autoclear features are.
-const AUTOCLEAR: u64 = 88;
 /// What a host writes whole.
 const SECTOR_BYTES: usize = 512;
 
@@ -27,7 +25,7 @@ pub(super) fn steps(
             true => autoclear | Features::BITMAPS,
             false => autoclear & !Features::BITMAPS,
         };
-        (AUTOCLEAR, features.to_be_bytes().to_vec())
+        (field::AUTOCLEAR, features.to_be_bytes().to_vec())
     };
     let found = room::find(cluster, BITMAPS);
     let mut steps = Vec::new();

@@ -7,16 +7,13 @@ use blockcore::{Error, ErrorKind, IoError};
 
 use crate::qcow2::layout::Geometry;
 use crate::qcow2::layout::bytes::words;
-use crate::qcow2::layout::header::{Features, Header, PREFIX_BYTES, Purpose};
+use crate::qcow2::layout::header::{Features, Header, PREFIX_BYTES, Purpose, field};
 use blockcore::driver::Fix;
 
 /// Files and disks are counted in sectors.
 pub(super) const SECTOR_BYTES: u64 = 512;
 /// How much of a table is read at once.
 const PIECE_BYTES: u64 = 1 << 20;
-/// Where in the header the incompatible features are, and the autoclear ones.
-const INCOMPATIBLE_AT: u64 = 72;
-const AUTOCLEAR_AT: u64 = 88;
 
 /// See the module's header.
 pub(super) struct Image<'a> {
@@ -43,7 +40,7 @@ impl<'a> Image<'a> {
         if repair != Fix::None && autoclear & stale != 0 {
             image.header.features.autoclear = autoclear & !stale;
             let field = image.header.features.autoclear.to_be_bytes();
-            image.write(AUTOCLEAR_AT, &field).await?;
+            image.write(field::AUTOCLEAR, &field).await?;
             image.flush().await?;
         }
         Ok(image)
@@ -108,7 +105,7 @@ impl<'a> Image<'a> {
         }
         self.header.features.incompatible &= !features;
         let field = self.header.features.incompatible.to_be_bytes();
-        self.write(INCOMPATIBLE_AT, &field).await?;
+        self.write(field::INCOMPATIBLE, &field).await?;
         self.flush().await
     }
 
@@ -116,7 +113,7 @@ impl<'a> Image<'a> {
     pub(super) async fn clear_autoclear(&mut self, features: u64) -> Result<(), Error> {
         self.header.features.autoclear &= !features;
         let field = self.header.features.autoclear.to_be_bytes();
-        self.write(AUTOCLEAR_AT, &field).await?;
+        self.write(field::AUTOCLEAR, &field).await?;
         self.flush().await
     }
 

@@ -4,7 +4,7 @@ use blockcore::{Error, ErrorKind};
 
 use super::{Check, Repairs};
 use crate::qcow2::layout::Geometry;
-use crate::qcow2::layout::bytes::words;
+use crate::qcow2::layout::bytes::{from_words, words};
 use crate::qcow2::layout::entry::L2Entry;
 use crate::qcow2::layout::header::MAX_L1_BYTES;
 use blockcore::driver::Fix;
@@ -283,8 +283,7 @@ impl Check<'_, '_> {
             true => vec![0, (bitmap | bitmap << 32) & !ALL_ALLOCATED],
             false => vec![ZERO_ENTRY],
         };
-        let bytes: Vec<_> = words.iter().flat_map(|word| word.to_be_bytes()).collect();
-        self.image.write(offset, &bytes).await?;
+        self.image.write(offset, &from_words(&words)).await?;
         self.report.corruptions_fixed += 1;
         Ok(true)
     }

@@ -25,6 +25,12 @@ impl L1Entry {
         Self(table.0 | COPIED)
     }
 
+    /// An L1 table of these entries.
+    pub(crate) fn table_bytes(entries: &[Self]) -> Vec<u8> {
+        let words = entries.iter().flat_map(|entry| entry.0.to_be_bytes());
+        words.collect()
+    }
+
     /// Where the table is; `None` if there is none.
     pub(crate) fn table(self) -> Option<HostOffset> {
         let offset = self.0 & OFFSET_MASK;

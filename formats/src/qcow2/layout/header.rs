@@ -17,6 +17,22 @@ const V2_BYTES: usize = 72;
 const V3_BYTES: usize = 104;
 /// Bytes of version 3's with every field that is known, and padding.
 const KNOWN_BYTES: usize = 112;
+/// Where fields are that are read or written by themselves.
+pub(crate) mod field {
+    /// Length of the disk.
+    pub(crate) const BYTES: u64 = 24;
+    /// Size and offset of the L1 table.
+    pub(crate) const L1: u64 = 36;
+    /// Offset and size of the refcount table.
+    pub(crate) const REFCOUNT_TABLE: u64 = 48;
+    /// Incompatible features.
+    pub(crate) const INCOMPATIBLE: u64 = 72;
+    /// Autoclear features.
+    pub(crate) const AUTOCLEAR: u64 = 88;
+    /// Length of the header.
+    pub(crate) const HEADER_BYTES: u64 = 100;
+}
+
 /// How much of a file [`Header::cluster_bytes_in`] wants to see.
 pub(crate) const PREFIX_BYTES: usize = 24;
 
@@ -198,9 +214,9 @@ impl Header {
         let features = match version {
             2 => Features::default(),
             _ => Features {
-                incompatible: u64_at(bytes, 72),
+                incompatible: u64_at(bytes, field::INCOMPATIBLE as usize),
                 compatible: u64_at(bytes, 80),
-                autoclear: u64_at(bytes, 88),
+                autoclear: u64_at(bytes, field::AUTOCLEAR as usize),
             },
         };
         check_incompatible(features, extensions)?;

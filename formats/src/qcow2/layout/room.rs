@@ -7,6 +7,7 @@
 //! others take for one that they do not know and we forget when the header is written anew.
 
 use super::bytes::{u32_at, u64_at};
+use super::header::field;
 
 /// Bytes of an extension's type and length, and of the mark at the end of them all.
 pub(crate) const HEAD_BYTES: usize = 8;
@@ -17,7 +18,7 @@ pub(crate) const FREE: u32 = 0x5374_4672;
 /// Fields of the header.
 const BACKING_OFFSET: usize = 8;
 const BACKING_BYTES: usize = 16;
-const HEADER_BYTES: usize = 100;
+const HEADER_BYTES: usize = field::HEADER_BYTES as usize;
 
 /// Bytes to write at an offset of the image, durably, before the next.
 pub(crate) type Step = (u64, Vec<u8>);

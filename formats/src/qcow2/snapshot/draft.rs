@@ -15,6 +15,7 @@ use blockcore::IoError;
 use blockcore::io::Io;
 
 use super::super::image::{Image, read_bytes, write_bytes};
+use super::super::layout::bytes::from_words;
 use super::super::layout::header::MAX_REFCOUNT_TABLE_BYTES;
 use super::super::layout::{HostOffset, refcount, set_refcount};
 use super::super::refcount::{BlockNumber, ClusterNumber, Missing, Run};
@@ -105,14 +106,7 @@ impl<'a> Draft<'a> {
         let g = self.image.geometry;
         let place = HostOffset(run.start << g.cluster_bits);
         let bytes = clusters << g.cluster_bits;
-        if self.image.metadata.overlaps(place, bytes) {
-            let message = format!(
-                "clusters at offset {:#x} count as free, and hold metadata",
-                place.0
-            );
-            let corrupt = self.image.corrupt(self.io, message, (place, bytes), true);
-            return Err(corrupt.await.into());
-        }
+        self.image.check_free(self.io, run.start, clusters).await?;
         self.image.lengthen(self.io, place.0 + bytes).await?;
         self.next = run.start + clusters;
         self.added.push(run);
@@ -309,8 +303,7 @@ impl<'a> Draft<'a> {
         let (freed, first_freed) = self.write_blocks().await?;
         self.table
             .resize((clusters << g.cluster_bits) as usize / 8, 0);
-        let bytes: Vec<u8> = self.table.iter().flat_map(|e| e.to_be_bytes()).collect();
-        write_bytes(self.io, table_place, &bytes).await?;
+        write_bytes(self.io, table_place, &from_words(&self.table)).await?;
         Ok(Written {
             table: self.table,
             table_place,

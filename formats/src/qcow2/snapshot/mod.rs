@@ -32,6 +32,7 @@
 mod draft;
 mod tables;
 
+use std::ops::Range;
 use std::sync::MutexGuard;
 use std::sync::atomic::Ordering;
 
@@ -45,14 +46,14 @@ use super::image::{FILE, Image, read_bytes, write_bytes};
 use super::layout::HostOffset;
 use super::layout::bytes::words;
 use super::layout::entry::L1Entry;
-use super::layout::header::{MAX_L1_BYTES, MAX_SNAPSHOTS};
+use super::layout::header::{MAX_L1_BYTES, MAX_SNAPSHOTS, field};
 use super::layout::snapshot::{KNOWN_EXTRA_BYTES, Snapshot};
 use super::open::MAX_INACTIVE_BYTES;
 use super::refcount::ClusterNumber;
 
-/// Where in the header the fields begin that change: the disk's length, and those up to the place of the
-/// snapshot table. They end within the first sector.
-const HEADER_FIELDS: HostOffset = HostOffset(24);
+/// The header's fields that change: the disk's length, and those up to the place of the snapshot table. They
+/// end within the first sector.
+const SWITCHED: Range<usize> = field::BYTES as usize..field::INCOMPATIBLE as usize;
 
 /// The snapshots that an image has.
 #[derive(Clone, Debug, Default)]
@@ -324,9 +325,8 @@ impl Image {
         let l1_place = match next.l1_place {
             Some(place) => place,
             None => {
-                let entries = next.l1.iter().flat_map(|entry| entry.0.to_be_bytes());
-                let bytes: Vec<u8> = entries.collect();
-                self.write_new(io, &mut draft, &bytes).await?
+                let table = L1Entry::table_bytes(&next.l1);
+                self.write_new(io, &mut draft, &table).await?
             }
         };
         let written = draft.write().await?;
@@ -367,9 +367,7 @@ impl Image {
 
     /// Changes all fields at once.
     async fn switch_header(&self, io: Io<'_>, header: &[u8]) -> Result<(), IoError> {
-        // From the disk's length to the place of the snapshot table.
-        let fields = &header[HEADER_FIELDS.0 as usize..72];
-        write_bytes(io, HEADER_FIELDS, fields).await?;
+        write_bytes(io, HostOffset(field::BYTES), &header[SWITCHED]).await?;
         io.child(FILE).flush().await
     }
 
