@@ -145,7 +145,7 @@ impl Disk {
     }
 
     /// Does something to the disk with the control API.
-    fn control<T: 'static, F>(&self, work: impl FnOnce(Control) -> F) -> Result<T, Error>
+    pub(crate) fn control<T: 'static, F>(&self, work: impl FnOnce(Control) -> F) -> Result<T, Error>
     where
         F: Future<Output = Result<T, Error>> + 'static,
     {
@@ -175,6 +175,11 @@ impl Disk {
         Ok(self)
     }
 
+    /// Looks at the graph.
+    pub(crate) fn look<T>(&self, look: impl FnOnce(&Graph) -> T) -> T {
+        self.control.read(look)
+    }
+
     pub(crate) fn take_snapshot(&self, spec: SnapshotSpec) -> Result<(), Error> {
         self.control(|control| async move { control.take_snapshot("disk", spec).await })
     }
@@ -192,6 +197,27 @@ impl Disk {
             control.remove_root(id).await?;
             control.apply_snapshot("disk", &which).await?;
             use_it(&control, true).await
+        })?;
+        Ok(self)
+    }
+
+    /// The same disk, read only from now on by whoever has it.
+    pub(crate) fn without_writer(self) -> Result<Self, Error> {
+        self.used_again(false)
+    }
+
+    /// The same disk, for writing.
+    pub(crate) fn with_writer(self) -> Result<Self, Error> {
+        self.used_again(true)
+    }
+
+    fn used_again(mut self, writes: bool) -> Result<Self, Error> {
+        let (root, id) = (self.root, self.id);
+        let control = self.control.clone();
+        (self.root, self.id) = self.context.block_on(async move {
+            drop(root);
+            control.remove_root(id).await?;
+            use_it(&control, writes).await
         })?;
         Ok(self)
     }

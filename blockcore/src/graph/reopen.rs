@@ -242,14 +242,8 @@ impl Change {
         if !entry.modes.read_only && !entry.modes.inactive {
             return Ok(());
         }
-        let driver = self.control().read(|graph| {
-            let node = graph.node_by_id(entry.node);
-            let node = node.or_else(|| self.state().nodes.get(&entry.node));
-            node.expect("every vertex of a shape has a node")
-                .driver
-                .clone()
-        });
-        driver.take().stop_writing(root).await
+        self.store_bitmaps(entry.node, &root).await?;
+        self.driver_of(entry.node).take().stop_writing(root).await
     }
 
     async fn reopen_driver(&mut self, entry: Entry) -> Result<(), Error> {

@@ -199,6 +199,7 @@ impl Image {
     }
 
     async fn try_apply(&self, io: Io<'_>, which: &SnapshotRef) -> Result<(), Failure> {
+        self.use_bitmaps(io).await?;
         self.begin(io).await?;
         let g = self.geometry;
         let snapshots = self.snapshots().clone();
