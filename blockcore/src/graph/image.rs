@@ -383,13 +383,14 @@ impl Change {
         let amended = self.claimed(id, Claim::changing("amend"), work).await;
         driver.take().amend_end();
         // Also after a failure: some of it may have been done.
-        let reread = self.reread(id).await;
+        let root = self.temporary_root(id, Permissions::all());
+        let reread = self.reread(id, Some(root)).await;
         amended.and(reread)
     }
 
     /// Has a node's driver read its image anew, which has changed below it: a reopen with the options that
     /// there are, by which nothing of before is kept.
-    pub(super) async fn reread(&mut self, id: NodeId) -> Result<(), Error> {
+    pub(super) async fn reread(&mut self, id: NodeId, root: Option<Rc<Root>>) -> Result<(), Error> {
         let vertex = self.state().shape.vertex(id);
         let (kind, modes, node_name) = (vertex.kind, vertex.modes, vertex.name.to_string());
         let (driver, options) = self.control().read(|graph| {
@@ -410,6 +411,7 @@ impl Change {
             modes,
             will_write: !modes.read_only,
             children: self.open_children_of(id),
+            root,
         };
         let prepared = driver.take().reopen_prepare(request).await?;
         let state = self.state_mut();
