@@ -263,15 +263,21 @@ impl Node {
 impl Change {
     /// Has a node's driver store the persistent bitmaps. The node is drained, and may be written to.
     pub(super) async fn store_bitmaps(&self, id: NodeId, root: &Rc<Root>) -> Result<(), Error> {
-        let (driver, kept) = self.control().read(|graph| {
+        let kept = self.kept_bitmaps(id);
+        if kept.is_empty() {
+            return Ok(());
+        }
+        let driver = self.driver_of(id);
+        driver.take().store_bitmaps(Rc::clone(root), kept).await
+    }
+
+    /// The persistent bitmaps of a node, as they are now.
+    pub(super) fn kept_bitmaps(&self, id: NodeId) -> Vec<KeptBitmap> {
+        self.control().read(|graph| {
             let node = self.state().node(graph, id);
             let node = node.expect("every vertex of a shape has a node");
-            (node.driver.clone(), node.bitmaps.kept())
-        });
-        match kept.is_empty() {
-            true => Ok(()),
-            false => driver.take().store_bitmaps(Rc::clone(root), kept).await,
-        }
+            node.bitmaps.kept()
+        })
     }
 }
 

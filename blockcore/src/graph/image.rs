@@ -379,17 +379,28 @@ impl Change {
             .take()
             .amend_begin(&options)
             .map_err(|error| self.cannot("amend", id, &error))?;
-        let work: Work<()> = Box::new(move |driver, root| driver.amend(root, options, force));
+        // Read anew afterwards, from the image.
+        let kept = self.kept_bitmaps(id);
+        let work: Work<()> = Box::new(move |driver, root| {
+            async move {
+                if !kept.is_empty() {
+                    driver.store_bitmaps(Rc::clone(&root), kept).await?;
+                }
+                driver.amend(root, options, force).await
+            }
+            .boxed_local()
+        });
         let amended = self.claimed(id, Claim::changing("amend"), work).await;
         driver.take().amend_end();
         // Also after a failure: some of it may have been done.
-        let reread = self.reread(id).await;
+        let root = self.temporary_root(id, Permissions::all());
+        let reread = self.reread(id, Some(root)).await;
         amended.and(reread)
     }
 
     /// Has a node's driver read its image anew, which has changed below it: a reopen with the options that
     /// there are, by which nothing of before is kept.
-    pub(super) async fn reread(&mut self, id: NodeId) -> Result<(), Error> {
+    pub(super) async fn reread(&mut self, id: NodeId, root: Option<Rc<Root>>) -> Result<(), Error> {
         let vertex = self.state().shape.vertex(id);
         let (kind, modes, node_name) = (vertex.kind, vertex.modes, vertex.name.to_string());
         let (driver, options) = self.control().read(|graph| {
@@ -410,6 +421,7 @@ impl Change {
             modes,
             will_write: !modes.read_only,
             children: self.open_children_of(id),
+            root,
         };
         let prepared = driver.take().reopen_prepare(request).await?;
         let state = self.state_mut();

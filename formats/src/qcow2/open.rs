@@ -301,6 +301,14 @@ pub(super) fn run_options(
         pass_discard_other: pass("pass-discard-other", false),
         discard_no_unref: pass("discard-no-unref", false),
     };
+    let lazy = pass("lazy-refcounts", false);
+    if lazy && header.version < 3 {
+        return Err(Error::invalid(format!(
+            "node '{node}' cannot have 'lazy-refcounts=on': its image has version 2, which has no way to say \
+             that counts are written later"
+        )));
+    }
+    check_overlap_options(options, node)?;
     if run_options.discard_no_unref && header.version < 3 {
         return Err(Error::invalid(format!(
             "node '{node}' cannot have 'discard-no-unref=on': its image has version 2, which has no way to \
@@ -308,6 +316,20 @@ pub(super) fn run_options(
         )));
     }
     Ok(run_options)
+}
+
+/// Which metadata is looked for before other metadata is written is taken as QEMU takes it. Here all of it
+/// always is: what may not be written over is known from opening on, and a look costs one load
+/// ([`Metadata`]).
+fn check_overlap_options(options: &Options, node: &str) -> Result<(), Error> {
+    let given = |name: &str| options.get(name).filter(|text| !text.is_empty());
+    match (given("overlap-check"), given("overlap-check.template")) {
+        (Some(one), Some(other)) if one != other => Err(Error::invalid(format!(
+            "node '{node}' has conflicting values for 'overlap-check' ('{one}') and 'overlap-check.template' \
+             ('{other}')"
+        ))),
+        _ => Ok(()),
+    }
 }
 
 fn check_writable(source: &Source, header: &Header) -> Result<(), Error> {
