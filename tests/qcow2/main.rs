@@ -8,3 +8,4 @@ mod power;
 mod race;
 mod setup;
 mod snapshot;
+mod stress;

@@ -190,7 +190,7 @@ impl Kill {
                 3 => random.bits(),
                 4 | 5 => other,
                 6 => place,
-                7 | 8 => place / 4096 * 4096 | 1 << 63,
+                7 | 8 => (place / 4096 * 4096) | (1 << 63),
                 9 => place + random.below(64) * 8,
                 10 => now.wrapping_add(1),
                 11 => random.below(file_sectors),
@@ -232,7 +232,7 @@ impl Kill {
                 "is free"
             }
             2 => {
-                segment[64] = cluster << 24 | random.below(3) + 1;
+                segment[64] = (cluster << 24) | (random.below(3) + 1);
                 "is reserved"
             }
             3 => {
