@@ -25,7 +25,7 @@ const KINDS: &[&[&str]] = &[
 
 /// Runs one of QEMU's programs in both directories.
 #[track_caller]
-fn prepare(pair: &Pair, program: &str, args: &[&str]) {
+pub(crate) fn prepare(pair: &Pair, program: &str, args: &[&str]) {
     for directory in pair.directories() {
         let mut command = Command::new(program);
         command.args(args);
@@ -41,7 +41,7 @@ fn theirs(pair: &Pair, args: &[&str]) -> Outcome {
 }
 
 #[track_caller]
-fn is_sound(pair: &Pair, name: &str) {
+pub(crate) fn is_sound(pair: &Pair, name: &str) {
     theirs(pair, &["check", "-f", "qcow2", name]).expect_success();
 }
 

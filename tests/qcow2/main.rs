@@ -1,6 +1,7 @@
 //! qcow2 images: what we make of them, and what QEMU's tools make of what we do.
 
 mod amend;
+mod bitmaps;
 mod differential;
 mod grow;
 mod hostile;
@@ -9,3 +10,4 @@ mod power;
 mod race;
 mod setup;
 mod snapshot;
+mod stress;

@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::rc::Rc;
 
-use blockcore::Error;
 use blockcore::driver::{
     Preallocation, SnapshotInfo, SnapshotRef, SnapshotSpec, Status, StatusFlags, TruncateFlags,
     WriteFlags, ZeroFlags,
@@ -15,6 +14,7 @@ use blockcore::graph::{Control, Graph, RootId, RootSpec};
 use blockcore::io::buffer::Segments;
 use blockcore::io::{IoContext, RequestKind, Root};
 use blockcore::options::Options;
+use blockcore::{Error, IoError};
 
 /// Runs one of QEMU's tools, which must succeed, and gives what it prints.
 pub(crate) fn qemu(tool: &str, arguments: &[&str]) -> String {
@@ -80,6 +80,14 @@ impl Process {
         Self { context, control }
     }
 
+    /// As [`new`](Self::new), with a directory for what has to outlive this process.
+    pub(crate) fn keeping(directory: &Path) -> Self {
+        let process = Self::new();
+        let directory = Some(directory.to_owned());
+        process.control.set_runtime_directory(directory);
+        process
+    }
+
     /// Opens what options describe, for writing.
     pub(crate) fn open(&self, options: &str) -> Result<Disk, Error> {
         self.open_for(options, true)
@@ -137,7 +145,7 @@ impl Disk {
     }
 
     /// Does something to the disk with the control API.
-    fn control<T: 'static, F>(&self, work: impl FnOnce(Control) -> F) -> Result<T, Error>
+    pub(crate) fn control<T: 'static, F>(&self, work: impl FnOnce(Control) -> F) -> Result<T, Error>
     where
         F: Future<Output = Result<T, Error>> + 'static,
     {
@@ -173,6 +181,11 @@ impl Disk {
         Ok(self)
     }
 
+    /// Looks at the graph.
+    pub(crate) fn look<T>(&self, look: impl FnOnce(&Graph) -> T) -> T {
+        self.control.read(look)
+    }
+
     pub(crate) fn take_snapshot(&self, spec: SnapshotSpec) -> Result<(), Error> {
         self.control(|control| async move { control.take_snapshot("disk", spec).await })
     }
@@ -190,6 +203,27 @@ impl Disk {
             control.remove_root(id).await?;
             control.apply_snapshot("disk", &which).await?;
             use_it(&control, true).await
+        })?;
+        Ok(self)
+    }
+
+    /// The same disk, read only from now on by whoever has it.
+    pub(crate) fn without_writer(self) -> Result<Self, Error> {
+        self.used_again(false)
+    }
+
+    /// The same disk, for writing.
+    pub(crate) fn with_writer(self) -> Result<Self, Error> {
+        self.used_again(true)
+    }
+
+    fn used_again(mut self, writes: bool) -> Result<Self, Error> {
+        let (root, id) = (self.root, self.id);
+        let control = self.control.clone();
+        (self.root, self.id) = self.context.block_on(async move {
+            drop(root);
+            control.remove_root(id).await?;
+            use_it(&control, writes).await
         })?;
         Ok(self)
     }
@@ -271,15 +305,18 @@ impl Disk {
     }
 
     pub(crate) fn resize(&self, bytes: u64) {
+        self.try_resize(bytes).expect("it can be resized");
+    }
+
+    pub(crate) fn try_resize(&self, bytes: u64) -> Result<(), IoError> {
         let root = Rc::clone(&self.root);
-        let resized = async move {
+        self.context.block_on(async move {
             let request = root.enter(RequestKind::Truncate, 0, 0).await;
             let flags = TruncateFlags::empty();
             request
                 .truncate(bytes, true, Preallocation::Off, flags)
                 .await
-        };
-        self.context.block_on(resized).expect("it can be resized");
+        })
     }
 
     /// Whether each byte is said to be zero, data, or neither.

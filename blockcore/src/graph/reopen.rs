@@ -243,13 +243,8 @@ impl Change {
         if !entry.modes.read_only && !entry.modes.inactive {
             return Ok(Some(root));
         }
-        let driver = self.control().read(|graph| {
-            let node = graph.node_by_id(entry.node);
-            let node = node.or_else(|| self.state().nodes.get(&entry.node));
-            node.expect("every vertex of a shape has a node")
-                .driver
-                .clone()
-        });
+        self.store_bitmaps(entry.node, &root).await?;
+        let driver = self.driver_of(entry.node);
         driver.take().stop_writing(Rc::clone(&root)).await?;
         Ok(Some(root))
     }

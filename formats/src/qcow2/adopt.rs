@@ -13,9 +13,11 @@ use super::cookie;
 use super::layout::HostOffset;
 use super::layout::entry::L1Entry;
 use super::layout::header::{Features, Header, field};
-use super::open::Source;
+use super::open::{Source, mark_active, mark_inactive};
+use super::overlap::Metadata;
 use super::replay::{Replay, Tables};
 use super::segment::{self, CrashSegment, Owner};
+use super::snapshot::Snapshots;
 
 /// Puts what an earlier process left into the image, whose tables are changed accordingly, and begins a
 /// segment. `None` where there can be none, or nothing asks for one.
@@ -27,6 +29,7 @@ use super::segment::{self, CrashSegment, Owner};
 pub(super) async fn adopt(
     source: &Source,
     header: &mut Header,
+    snapshots: &Snapshots,
     l1: &mut Vec<L1Entry>,
     table: &mut Vec<u64>,
 ) -> Result<Option<Arc<CrashSegment>>, Error> {
@@ -55,8 +58,9 @@ pub(super) async fn adopt(
         match segment::read(&opened, owner) {
             Some(left) => {
                 let left = left.map_err(|what| damaged(source, &place.path, &what))?;
+                let geometry = header.geometry();
                 let mut tables = Tables {
-                    geometry: header.geometry(),
+                    geometry,
                     l1_place: HostOffset(header.l1_offset),
                     l1,
                     table_place: HostOffset(header.refcount_table_offset),
@@ -65,6 +69,13 @@ pub(super) async fn adopt(
                 let replay = Replay::new(left, &mut tables, source.root.bytes())
                     .map_err(|what| damaged(source, &place.path, &what))?;
                 if !replay.is_empty() {
+                    let (metadata, inactive) = (Metadata::new(geometry), Metadata::new(geometry));
+                    mark_active(&metadata, header, tables.l1, tables.table)
+                        .map_err(|what| damaged(source, &place.path, &what))?;
+                    mark_inactive(source, &inactive, header, snapshots).await?;
+                    replay
+                        .check_metadata(geometry, &metadata, &inactive)
+                        .map_err(|what| damaged(source, &place.path, &what))?;
                     tracing::info!(
                         "image of node '{}' was not closed in order: {} changes are taken from '{}'",
                         source.node,
@@ -83,7 +94,8 @@ pub(super) async fn adopt(
             ),
         }
     }
-    let next = before.unwrap_or(0) + 1;
+    // It is what the image says it is, and need not count.
+    let next = before.unwrap_or(0).wrapping_add(1);
     let Some(steps) = cookie::steps(&cluster, next) else {
         return Ok(None);
     };

@@ -24,7 +24,7 @@ use super::limbo::{Cause, Freed};
 use super::refcount::{BlockNumber, ClusterNumber, Missing, Run};
 
 /// Smallest and largest extent that is reserved, in clusters.
-const RESERVE_CLUSTERS: std::ops::RangeInclusive<u64> = 16..=1024;
+pub(super) const RESERVE_CLUSTERS: std::ops::RangeInclusive<u64> = 16..=1024;
 /// No extent of clusters is longer than this, so that small images do not reserve more than they hold.
 const RESERVE_BYTES: u64 = 64 << 20;
 /// Past this many pieces in limbo a round is run for their sake.
@@ -305,7 +305,8 @@ impl Image {
         {
             return Ok(());
         }
-        if !self.geometry.is_aligned(place.0) || !self.metadata.reaches(place) {
+        let is_inside = place.0 < io.child(FILE).bytes();
+        if !self.geometry.is_aligned(place.0) || !self.metadata.reaches(place) || !is_inside {
             let message = format!(
                 "refcount block {block} is at offset {:#x}, where none can be",
                 place.0

@@ -6,6 +6,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use blockcore::dirty_bitmap::KeptBitmap;
 use blockcore::driver::{
     BackingName, Driver, Limits, OpenModes, ReopenRequest, Reopened, Role, SnapshotInfo,
     SnapshotRef, SnapshotSpec,
@@ -30,6 +31,8 @@ use super::open::{Source, open_image, run_options};
 pub(super) struct Qcow2Driver {
     image: Arc<Image>,
     runtime_directory: Option<PathBuf>,
+    /// What was read of bitmaps, until the graph asks for it.
+    loaded: Option<Vec<KeptBitmap>>,
     /// What a reopen has prepared.
     prepared: RefCell<Option<Prepared>>,
     /// The image's file has been changed otherwise than what is in memory, which is to be read anew and
@@ -40,16 +43,21 @@ pub(super) struct Qcow2Driver {
 /// What a reopen will have changed.
 enum Prepared {
     /// Another image: this one was read-only.
-    Image(Arc<Image>),
+    Image(Arc<Image>, Vec<KeptBitmap>),
     /// What the image goes by.
     Options(RunOptions),
 }
 
 impl Qcow2Driver {
-    pub(super) fn new(image: &Arc<Image>, runtime_directory: Option<PathBuf>) -> Self {
+    pub(super) fn new(
+        image: &Arc<Image>,
+        bitmaps: Vec<KeptBitmap>,
+        runtime_directory: Option<PathBuf>,
+    ) -> Self {
         Self {
             image: Arc::clone(image),
             runtime_directory,
+            loaded: Some(bitmaps),
             prepared: RefCell::new(None),
             is_stale: false,
         }
@@ -142,8 +150,8 @@ impl Driver for Qcow2Driver {
                 runtime_directory: self.runtime_directory.clone(),
             };
             let opened = open_image(&source, &request.options, request.modes).await;
-            let image = opened.inspect_err(|_| self.give_up_stale())?;
-            *self.prepared.borrow_mut() = Some(Prepared::Image(Arc::clone(&image)));
+            let (image, bitmaps) = opened.inspect_err(|_| self.give_up_stale())?;
+            *self.prepared.borrow_mut() = Some(Prepared::Image(Arc::clone(&image), bitmaps));
             Ok(Reopened {
                 io: Some(Arc::new(Qcow2Io(image))),
             })
@@ -153,8 +161,9 @@ impl Driver for Qcow2Driver {
 
     fn reopen_commit(&mut self) {
         match self.prepared.take() {
-            Some(Prepared::Image(image)) => {
+            Some(Prepared::Image(image, bitmaps)) => {
                 self.image = image;
+                self.loaded = Some(bitmaps);
                 self.is_stale = false;
             }
             Some(Prepared::Options(options)) => self.image.set_options(options),
@@ -239,6 +248,52 @@ impl Driver for Qcow2Driver {
             written.map_err(|error| failed(io.name(), "write the header of", error))?;
             *self.image.header() = header;
             Ok(())
+        }
+        .boxed_local()
+    }
+
+    fn take_bitmaps(&mut self) -> Option<Vec<KeptBitmap>> {
+        self.loaded.take()
+    }
+
+    fn keeps_bitmaps(&self) -> bool {
+        true
+    }
+
+    fn check_new_bitmap(&self, kept: &[KeptBitmap], new: &KeptBitmap) -> Result<(), Error> {
+        self.image.check_new_bitmap(kept, new)
+    }
+
+    fn use_bitmaps(&mut self, root: Rc<Root>) -> LocalBoxFuture<'_, Result<(), Error>> {
+        async move {
+            let request = root.enter(RequestKind::Write, 0, 0).await;
+            let io = request.io();
+            let used = self.image.use_bitmaps(io).await;
+            used.map_err(|error| failed(io.name(), "say that bitmaps are out of date in", error))
+        }
+        .boxed_local()
+    }
+
+    fn store_bitmaps(
+        &mut self,
+        root: Rc<Root>,
+        bitmaps: Vec<KeptBitmap>,
+    ) -> LocalBoxFuture<'_, Result<(), Error>> {
+        async move {
+            let request = root.enter(RequestKind::Write, 0, 0).await;
+            self.image.store_bitmaps(request.io(), bitmaps).await
+        }
+        .boxed_local()
+    }
+
+    fn remove_bitmap<'a>(
+        &'a mut self,
+        root: Rc<Root>,
+        name: &'a str,
+    ) -> LocalBoxFuture<'a, Result<(), Error>> {
+        async move {
+            let request = root.enter(RequestKind::Write, 0, 0).await;
+            self.image.remove_bitmap(request.io(), name).await
         }
         .boxed_local()
     }

@@ -300,13 +300,14 @@ impl Image {
             .await
     }
 
-    /// The entry of a cluster, after loading what is needed. The answer holds until the next wait, or as
-    /// long as the caller has a turn for the cluster.
+    /// The entry of a cluster that is going to be changed, after loading what is needed. It makes sense, and
+    /// what it lets go of is no metadata. The answer holds until the next wait, or as long as the caller has
+    /// a turn for the cluster.
     pub(super) async fn entry(&self, io: Io<'_>, cluster: u64) -> Result<L2Entry, IoError> {
         loop {
             self.check_whole()?;
             if let Some(entry) = self.cached(cluster) {
-                return match entry.check(self.geometry) {
+                return match self.check_entry(entry) {
                     Ok(()) => Ok(entry),
                     Err(error) => Err(self.bad_entry(io, error, entry).await),
                 };
@@ -316,6 +317,30 @@ impl Image {
                 return Ok(L2Entry::default());
             }
             self.load_slice(io, slice).await?;
+        }
+    }
+
+    /// An entry makes sense, and does not say that metadata is data: who changes the entry would have the
+    /// metadata counted as free, and given back to the host.
+    fn check_entry(&self, entry: L2Entry) -> Result<(), blockcore::Error> {
+        let g = self.geometry;
+        entry.check(g)?;
+        if g.data_file {
+            return Ok(());
+        }
+        let place = match entry.compressed_extent(g) {
+            Some(extent) => Some((extent.host, extent.bytes)),
+            None => entry.host(g).map(|host| (host, g.cluster_bytes())),
+        };
+        match place.filter(|(host, bytes)| self.metadata.overlaps(*host, *bytes)) {
+            None => Ok(()),
+            Some((host, _)) => {
+                let text = format!(
+                    "L2 entry {:#018x} maps what is at offset {:#x}, where there is metadata",
+                    entry.word, host.0
+                );
+                Err(blockcore::Error::new(blockcore::ErrorKind::Corrupt, text))
+            }
         }
     }
 
@@ -371,7 +396,7 @@ impl Image {
             .collect()
     }
 
-    /// An L2 table must lie where a table can.
+    /// An L2 table must lie where a table can: inside of the file, which does not grow for what nobody wrote.
     async fn check_table(
         &self,
         io: Io<'_>,
@@ -379,7 +404,8 @@ impl Image {
         table: HostOffset,
     ) -> Result<(), IoError> {
         let cluster = self.geometry.cluster_bytes();
-        if self.geometry.is_aligned(table.0) && self.metadata.reaches(table) {
+        let is_inside = table.0 < io.child(super::image::FILE).bytes();
+        if self.geometry.is_aligned(table.0) && self.metadata.reaches(table) && is_inside {
             return Ok(());
         }
         let message = format!(

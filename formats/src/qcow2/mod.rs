@@ -15,11 +15,13 @@
 //! | making images | `create/` |
 //! | making them others: version, width of counts, features | `amend/`, `head` |
 //! | checking and repairing them | `check/` |
+//! | dirty bitmaps that are kept in them | `bitmaps/` |
 //! | snapshots inside of them, and a machine's state | `snapshot/`, `vm_state` |
 
 mod adopt;
 mod alloc;
 mod amend;
+mod bitmaps;
 mod cache;
 pub mod check;
 mod committer;

@@ -6,7 +6,9 @@
 //!
 //! Records come from a file that anybody with this user's rights may have changed. So each must tell of a
 //! place that is of its kind: counts in refcount blocks, entries in the tables that the image has with what
-//! was recorded before. What does not is refused as a whole, before anything is written.
+//! was recorded before. No table may lie where there is other metadata, and none of it may become free. What
+//! does not fit is refused as a whole, before anything is written. That a new table lies where the guest has
+//! data cannot be seen, short of reading all tables.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
@@ -17,10 +19,17 @@ use blockcore::io::Root;
 use blockcore::io::buffer::Segments;
 use futures_util::future::LocalBoxFuture;
 
+use super::alloc::RESERVE_CLUSTERS;
 use super::layout::entry::L1Entry;
 use super::layout::{Geometry, HostOffset, refcount, set_refcount};
+use super::overlap::Metadata;
 use super::refcount::{BlockNumber, ClusterNumber, Run};
 use super::segment::{Left, Record};
+
+/// The most clusters that an extent has which is reserved.
+const MOST_RESERVED: u64 = *RESERVE_CLUSTERS.end();
+/// The most clusters that all records together say are taken: far more than is taken between two rounds.
+const MOST_TAKEN: u64 = 1 << 22;
 
 /// The tables of an image as they are in its file.
 pub(super) struct Tables<'a> {
@@ -40,6 +49,8 @@ pub(super) struct Replay {
     l2: BTreeMap<u64, u64>,
     l1: BTreeMap<u64, u64>,
     reserved: Vec<Run>,
+    /// How many clusters have been said to be taken.
+    taken: u64,
 }
 
 impl Replay {
@@ -70,8 +81,10 @@ impl Replay {
             }
         }
         for run in &left.reserved {
-            let end = run.start.checked_add(run.count);
-            for cluster in run.start..end.ok_or("an extent that is reserved has no end")? {
+            if run.count > MOST_RESERVED {
+                return Err(format!("no extent of {} clusters is reserved", run.count));
+            }
+            for cluster in run.start..run.start + run.count {
                 replay.check_count(tables, cluster, 0)?;
             }
         }
@@ -110,7 +123,9 @@ impl Replay {
             }
             Record::Taken(run) => {
                 let end = run.start.checked_add(run.count);
-                let end = end.filter(|_| run.count <= g.block_counts());
+                self.taken = self.taken.saturating_add(run.count);
+                let is_too_much = run.count > g.block_counts() || self.taken > MOST_TAKEN;
+                let end = end.filter(|_| !is_too_much);
                 for cluster in run.start..end.ok_or("a run of clusters is too long")? {
                     self.check_count(tables, cluster, 1)?;
                     self.counts.insert(cluster, 1);
@@ -119,8 +134,9 @@ impl Replay {
             Record::Block(block, place) => {
                 let first = block.checked_mul(g.block_counts());
                 let own = first.and_then(|first| first.checked_mul(g.cluster_bytes()));
-                let inside = place.0 < file_bytes && block < tables.table.len() as u64;
-                if own != Some(place.0) || !inside {
+                let before = tables.table.get(block as usize).copied();
+                let is_free = before.is_some_and(|before| before == 0 || before == place.0);
+                if own != Some(place.0) || place.0 >= file_bytes || !is_free {
                     return Err(format!(
                         "refcount block {block} cannot be at {:#x}",
                         place.0
@@ -142,10 +158,49 @@ impl Replay {
     ) -> Result<(), String> {
         let g = tables.geometry;
         let block = (cluster / g.block_counts()) as usize;
-        let has_block = tables.table.get(block).is_some_and(|place| *place != 0);
+        let place = tables.table.get(block).map(|entry| entry & !0x1ff);
+        let has_block = place.is_some_and(|place| place != 0 && g.is_aligned(place));
         match has_block && count <= g.max_refcount() {
             true => Ok(()),
             false => Err(format!("cluster {cluster} cannot have the count {count}")),
+        }
+    }
+
+    /// Looks that what the image needs, `metadata`, stays counted, and that no table of the disk's is a
+    /// table of a snapshot's or a bitmap's, `inactive`.
+    ///
+    /// # Errors
+    ///
+    /// Which cluster is not what it should be.
+    pub(super) fn check_metadata(
+        &self,
+        geometry: Geometry,
+        metadata: &Metadata,
+        inactive: &Metadata,
+    ) -> Result<(), String> {
+        let host = |cluster: ClusterNumber| HostOffset(cluster << geometry.cluster_bits);
+        let in_use = |cluster: ClusterNumber| {
+            metadata.is_in_cluster(host(cluster)) || inactive.is_in_cluster(host(cluster))
+        };
+        let reserved = self.reserved.iter();
+        let mut free = reserved.flat_map(|run| run.start..run.start + run.count);
+        let mut uncounted = self.counts.iter().filter(|(_, count)| **count == 0);
+        if let Some(cluster) = free.find(|cluster| in_use(*cluster)).or_else(|| {
+            let found = uncounted.find(|(cluster, _)| in_use(**cluster));
+            found.map(|(cluster, _)| *cluster)
+        }) {
+            return Err(format!(
+                "cluster {cluster} is to be free, and holds metadata"
+            ));
+        }
+        let tables = self.l2.keys().map(|place| HostOffset(*place));
+        let mut places = tables.chain(self.blocks.values().copied());
+        match places.find(|place| inactive.is_in_cluster(*place)) {
+            None => Ok(()),
+            Some(place) => Err(format!(
+                "what is at offset {:#x} belongs to a snapshot or a bitmap",
+                place.0
+            )),
         }
     }
 

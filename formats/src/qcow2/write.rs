@@ -403,10 +403,18 @@ impl Image {
             let place = l1.set(l1_index, entry);
             // Where it cannot be recorded, neither can the entries that follow, and their requests wait.
             self.record(Record::L1(place, entry.0));
+            if old.is_some() {
+                // In the lock: who finds the table owned must not change a slice of the old one, which says
+                // of nothing that it may be written in place.
+                let slices = self.slices_of(l1_index);
+                self.cache.forget(|slice| slices.contains(&slice));
+            }
         }
         if let Some(old) = old {
-            let slices = self.slices_of(l1_index);
-            self.cache.forget(|slice| slices.contains(&slice));
+            if self.snapshots().list.is_empty() {
+                // Nobody else has it, whatever its entry said.
+                self.metadata.remove(old, cluster);
+            }
             self.free(
                 io,
                 Freed {

@@ -1,5 +1,6 @@
 //! `stonework img convert`: copies images to a new one, of another format if wanted.
 
+mod bitmaps;
 mod copy;
 
 use std::rc::Rc;
@@ -132,7 +133,6 @@ pub(super) async fn run(program: Rc<Program>, mut args: ConvertArgs) -> Result<u
         program.list_options(format)?;
         return Ok(0);
     }
-    args.refuse_what_is_missing()?;
     if args.filenames.is_empty() {
         return Err(Error::invalid("convert needs an image to copy and a new one").into());
     }
@@ -140,6 +140,10 @@ pub(super) async fn run(program: Rc<Program>, mut args: ConvertArgs) -> Result<u
         return Err(not_compressible(format.name).into());
     }
     let sources = open_sources(&program, &args).await?;
+    let bitmaps = match args.bitmaps {
+        true => bitmaps::to_copy(&program, &sources, args.skip_broken_bitmaps)?,
+        false => Vec::new(),
+    };
     let bytes: u64 = sources.iter().map(Image::bytes).sum();
 
     let mut options = program.creation_options(format, &args.target_options)?;
@@ -206,6 +210,9 @@ pub(super) async fn run(program: Rc<Program>, mut args: ConvertArgs) -> Result<u
     progress.finish();
     drop(progress);
     let (sources, target) = copy.into_images();
+    if args.bitmaps {
+        bitmaps::copy(&program, &sources[0], &target, bitmaps).await?;
+    }
     target.flush().await?;
     target.close().await?;
     for source in sources {
@@ -246,15 +253,6 @@ async fn open_sources(program: &Program, args: &ConvertArgs) -> Result<Vec<Image
 }
 
 impl ConvertArgs {
-    fn refuse_what_is_missing(&self) -> Result<(), Error> {
-        if self.bitmaps {
-            return Err(Error::unsupported(
-                "option --bitmaps of convert is not in this version of stonework",
-            ));
-        }
-        Ok(())
-    }
-
     /// How to copy to a target that is open.
     fn plan(&self, program: &Program, target: &Image, has_backing: bool) -> Result<Plan, Error> {
         let cluster_bytes = target.cluster_bytes();

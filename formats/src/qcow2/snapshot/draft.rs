@@ -306,10 +306,16 @@ impl<'a> Draft<'a> {
         Ok(())
     }
 
-    /// Writes it all to new places. Not durable yet.
-    pub(super) async fn write(mut self) -> Result<Written, Failure> {
+    /// Writes it all to new places. Not durable yet. `needed` is the metadata that the header is going to name.
+    ///
+    /// # Errors
+    ///
+    /// [`Failure::BadCount`] where something needed would be free: a table that was let go of has referred to
+    /// it, too.
+    pub(super) async fn write(mut self, needed: &[Run]) -> Result<Written, Failure> {
         let g = self.image.geometry;
         let (table_place, clusters) = self.place_table().await?;
+        self.check_counted(needed).await?;
         let mut removed = Vec::new();
         for run in std::mem::take(&mut self.dropped) {
             for start in run.start..run.start + run.count {
@@ -330,6 +336,26 @@ impl<'a> Draft<'a> {
             freed,
             first_freed,
         })
+    }
+
+    /// All of this counts, and so do all blocks.
+    async fn check_counted(&mut self, needed: &[Run]) -> Result<(), Failure> {
+        let bits = self.image.geometry.cluster_bits;
+        let blocks = self.table.iter().filter(|place| **place != 0);
+        let blocks: Vec<_> = blocks
+            .map(|place| Run {
+                start: place >> bits,
+                count: 1,
+            })
+            .collect();
+        for run in needed.iter().chain(&blocks) {
+            for cluster in run.start..run.start + run.count {
+                if self.count(cluster).await? == 0 {
+                    return Err(Failure::BadCount(cluster, 0));
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Finds a place for the table, and how many clusters it has. No count changes any more.

@@ -49,7 +49,7 @@ use super::layout::entry::L1Entry;
 use super::layout::header::{MAX_L1_BYTES, MAX_SNAPSHOTS, field};
 use super::layout::snapshot::{KNOWN_EXTRA_BYTES, Snapshot};
 use super::open::MAX_INACTIVE_BYTES;
-use super::refcount::ClusterNumber;
+use super::refcount::{ClusterNumber, Run};
 
 /// The header's fields that change: the disk's length, and those up to the place of the snapshot table. They
 /// end within the first sector.
@@ -199,6 +199,7 @@ impl Image {
     }
 
     async fn try_apply(&self, io: Io<'_>, which: &SnapshotRef) -> Result<(), Failure> {
+        self.use_bitmaps(io).await?;
         self.begin(io).await?;
         let g = self.geometry;
         let snapshots = self.snapshots().clone();
@@ -337,7 +338,21 @@ impl Image {
                 self.write_new(io, &mut draft, &table).await?
             }
         };
-        let written = draft.write().await?;
+        let mut needed = vec![
+            (HostOffset(0), 1),
+            (l1_place, g.clusters(8 * next.l1.len() as u64)),
+        ];
+        needed.push((snapshots_place, g.clusters(table.len() as u64)));
+        let tables = next.l1.iter().filter_map(|entry| entry.table());
+        needed.extend(tables.map(|table| (table, 1)));
+        let lists = next.snapshots.iter().map(Snapshot::l1_range);
+        needed.extend(lists.map(|(place, bytes)| (place, g.clusters(bytes))));
+        let run = |(place, count): (HostOffset, u64)| Run {
+            start: place.0 >> g.cluster_bits,
+            count,
+        };
+        let needed: Vec<_> = needed.into_iter().map(run).collect();
+        let written = draft.write(&needed).await?;
         // All of it is there before the header names it.
         io.child(FILE).flush().await?;
         let mut header = self.header().clone();
