@@ -6,7 +6,9 @@ use std::sync::Arc;
 
 use super::permission::Permissions;
 use super::{Change, Control, Graph, Node, NodeId};
-use crate::dirty_bitmap::{BitmapSet, DirtyBitmap, Operation, default_granularity_bytes};
+use crate::dirty_bitmap::{
+    BitmapSet, DirtyBitmap, KeptBitmap, Operation, default_granularity_bytes,
+};
 use crate::drain::Scope;
 use crate::driver::{FindBitmap, OpenModes};
 use crate::io::Root;
