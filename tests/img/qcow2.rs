@@ -546,17 +546,17 @@ fn held(pair: &Pair) -> Vec<Vec<u8>> {
 #[test]
 fn amended_images_are_what_qemus_become() {
     let amendments = [
-        "compat=0.10",
         "compat=0.10,refcount_bits=16",
-        "compat=0.10,lazy_refcounts=on",
-        "compat=1.1",
         "compat=v3,refcount_bits=64,lazy_refcounts=on",
         "refcount_bits=1",
-        "refcount_bits=2",
+        "refcount_bits=8,size=4M",
+    ];
+    let others = [
+        "compat=0.10",
+        "compat=0.10,lazy_refcounts=on",
+        "compat=1.1",
         "refcount_bits=3",
-        "refcount_bits=8",
         "lazy_refcounts=off",
-        "size=4M",
         "size=1000",
         "data_file=",
         "data_file_raw=off",
@@ -571,7 +571,11 @@ fn amended_images_are_what_qemus_become() {
     for kind in KINDS {
         let made = full(kind);
         let before = held(&made);
-        for amendment in amendments {
+        // What is refused is so for every kind.
+        let others = others
+            .iter()
+            .filter(|_| kind[1] == "compat=1.1" || kind[1].contains("raw=on"));
+        for amendment in amendments.iter().chain(others).copied() {
             if amendment.contains("0.10") && kind[1].contains("zstd") {
                 // QEMU makes an image that nobody can read.
                 continue;
@@ -608,7 +612,7 @@ fn amended_images_are_what_qemus_become() {
             done += usize::from(status == Some(0));
         }
     }
-    assert!(done > 60, "{done}");
+    assert!(done > 30, "{done}");
     let pair = Pair::new();
     assert_eq!(
         pair.same_status(&["amend", "-f", "qcow2", "-o", "help"]),
@@ -620,6 +624,21 @@ fn amended_images_are_what_qemus_become() {
 fn images_become_as_large_as_qemu_says() {
     let pair = chain();
     prepare(&pair, "qemu-img", &["snapshot", "-c", "one", "top.qcow2"]);
+    for (granularity, name) in [("64k", "one"), ("512", "another")] {
+        let add = ["bitmap", "--add", "-g", granularity, "mid.qcow2", name];
+        prepare(&pair, "qemu-img", &add);
+    }
+    let old = [
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        "compat=0.10",
+        "old.qcow2",
+        "1M",
+    ];
+    prepare(&pair, "qemu-img", &old);
     // Where its data lies must have been settled: until then a file system may not know of holes.
     pair.settle();
     let options = [
@@ -644,12 +663,7 @@ fn images_become_as_large_as_qemu_says() {
         "nosuch=1",
     ];
     let of = |outcome: Outcome| match outcome.status {
-        Some(0) => {
-            let mut measured = outcome.json();
-            // Those of bitmaps come with bitmaps.
-            measured.as_object_mut().unwrap().remove("bitmaps");
-            Some(measured)
-        }
+        Some(0) => Some(outcome.json()),
         _ => None,
     };
     for options in options {
@@ -660,6 +674,7 @@ fn images_become_as_large_as_qemu_says() {
             &["-f", "raw", "base.raw"],
             &["-f", "qcow2", "mid.qcow2"],
             &["-f", "qcow2", "top.qcow2"],
+            &["-f", "qcow2", "old.qcow2"],
             &["-f", "qcow2", "-l", "one", "top.qcow2"],
             &["-f", "qcow2", "-l", "snapshot.id=1", "top.qcow2"],
             &["-f", "qcow2", "-l", "two", "top.qcow2"],

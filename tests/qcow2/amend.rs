@@ -369,7 +369,7 @@ fn a_disk_in_use_gets_caches_of_other_sizes() {
         "l2-cache-entry-size=512,cache-size=1M",
         "discard=unmap,lazy-refcounts=on,overlap-check=none",
         "overlap-check.template=all,overlap-check.inactive-l2=off",
-        "",
+        "discard=ignore",
     ] {
         for _ in 0..20 {
             let offset = random.below(8000) * 512;

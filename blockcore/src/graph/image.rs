@@ -5,6 +5,7 @@
 //! drained. It claims what it needs like any user, so whoever does not share that is named; the claim
 //! ends with it.
 
+use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::rc::Rc;
 
@@ -17,8 +18,8 @@ use super::reopen::Reopening;
 use super::{Change, Control, Graph, NodeId, Operation, RootSpec};
 use crate::drain::Scope;
 use crate::driver::{
-    CheckReport, Driver, Fix, Measured, OpenModes, Preallocation, ReopenRequest, SnapshotInfo,
-    SnapshotRef, SnapshotSpec,
+    CheckReport, Driver, Fix, MeasureSource, Measured, OpenModes, Preallocation, ReopenRequest,
+    SnapshotInfo, SnapshotRef, SnapshotSpec,
 };
 use crate::io::Root;
 use crate::io::buffer::Segments;
@@ -274,7 +275,14 @@ impl Control {
         };
         let root = self.add_root(node, spec).await?;
         let measured = match self.root_here(root) {
-            Ok(root) => measure(options, Some(root)).await,
+            Ok(root) => {
+                let bitmaps = self.read(|graph| {
+                    let node = graph.node(node)?;
+                    let keeps = graph.keeps_bitmaps(node.id());
+                    Ok::<_, Error>(keeps.then(|| node.bitmaps.kept()))
+                })?;
+                measure(options, Some(MeasureSource { root, bitmaps })).await
+            }
             Err(error) => Err(error),
         };
         let released = self.remove_root(root).await;
@@ -381,8 +389,11 @@ impl Change {
             .map_err(|error| self.cannot("amend", id, &error))?;
         // Read anew afterwards, from the image.
         let kept = self.kept_bitmaps(id);
+        let begun = Rc::new(Cell::new(false));
+        let begins = Rc::clone(&begun);
         let work: Work<()> = Box::new(move |driver, root| {
             async move {
+                begins.set(true);
                 if !kept.is_empty() {
                     driver.store_bitmaps(Rc::clone(&root), kept).await?;
                 }
@@ -392,6 +403,10 @@ impl Change {
         });
         let amended = self.claimed(id, Claim::changing("amend"), work).await;
         driver.take().amend_end();
+        if !begun.get() {
+            // Nobody has drained the node.
+            return amended;
+        }
         // Also after a failure: some of it may have been done.
         let root = self.temporary_root(id, Permissions::all());
         let reread = self.reread(id, Some(root)).await;

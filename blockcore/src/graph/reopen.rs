@@ -241,6 +241,10 @@ impl Change {
         }
         drop(request);
         if !entry.modes.read_only && !entry.modes.inactive {
+            if still_good.is_ok() {
+                // The driver may read them anew.
+                self.store_bitmaps(entry.node, &root).await?;
+            }
             return Ok(Some(root));
         }
         self.store_bitmaps(entry.node, &root).await?;

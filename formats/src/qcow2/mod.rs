@@ -180,7 +180,7 @@ pub(crate) const OPTIONS: &[OptionSpec] = &[
     size(
         "cache-clean-interval",
         "600",
-        "seconds after which unused metadata is dropped from memory; 0 for never",
+        "taken as QEMU has it; what is kept stays within the sizes above, and is not dropped earlier",
     ),
     switch(
         "lazy-refcounts",

@@ -5,13 +5,19 @@
 
 use std::rc::Rc;
 
-use blockcore::driver::{Measured, StatusFlags};
+use blockcore::dirty_bitmap::KeptBitmap;
+use blockcore::driver::{MeasureSource, Measured, StatusFlags};
 use blockcore::io::{RequestKind, Root};
 use blockcore::options::{OptionSpec, Options};
 use blockcore::{Error, ErrorKind};
 
 use super::plan::Plan;
 use super::spec::{CREATE_OPTIONS, Spec};
+
+/// Disks have a whole number of sectors.
+const SECTOR_BYTES: u64 = 512;
+/// Bytes of a bitmap's entry in the directory, without its name.
+const ENTRY_BYTES: u64 = 24;
 
 /// See [`DriverType::measure`](blockcore::driver::DriverType::measure).
 ///
@@ -20,7 +26,7 @@ use super::spec::{CREATE_OPTIONS, Spec};
 /// [`ErrorKind::Invalid`] for options that make no image; what could not be looked at.
 pub(in super::super) async fn measure(
     mut options: Options,
-    source: Option<Rc<Root>>,
+    source: Option<MeasureSource>,
 ) -> Result<Measured, Error> {
     const TABLE: &[OptionSpec] = CREATE_OPTIONS;
     let take = |options: &mut Options, name: &str| {
@@ -40,7 +46,8 @@ pub(in super::super) async fn measure(
     // Its plan has all clusters, and tables for them.
     options.set("preallocation", "metadata");
     if let Some(source) = &source {
-        options.set("size", source.bytes().next_multiple_of(512).to_string());
+        let bytes = source.root.bytes().next_multiple_of(SECTOR_BYTES);
+        options.set("size", bytes.to_string());
     }
     let spec = Spec::parse(&options, None)?;
     let cluster = spec.geometry().cluster_bytes();
@@ -50,13 +57,31 @@ pub(in super::super) async fn measure(
         _ if is_full => disk_bytes,
         None => 0,
         Some(_) if has_backing => disk_bytes,
-        Some(source) => data_bytes(source, cluster).await?,
+        Some(source) => data_bytes(&source.root, cluster).await?,
     };
     Ok(Measured {
         required_bytes: fully_allocated_bytes - disk_bytes + data_bytes,
         fully_allocated_bytes,
-        bitmaps_bytes: None,
+        bitmaps_bytes: source
+            .and_then(|source| source.bitmaps)
+            .filter(|_| spec.geometry().zero_flag)
+            .map(|bitmaps| bitmaps_bytes(&bitmaps, cluster)),
     })
+}
+
+/// Bytes that bitmaps take, as if every bit were set: their parts, tables of these, and the directory.
+fn bitmaps_bytes(bitmaps: &[KeptBitmap], cluster: u64) -> u64 {
+    let (mut bytes, mut directory) = (0, 0);
+    for bitmap in bitmaps {
+        let bits = bitmap
+            .bits
+            .length()
+            .div_ceil(bitmap.bits.granularity_bytes());
+        let parts = bits.div_ceil(8 * cluster);
+        bytes += parts * cluster + (8 * parts).next_multiple_of(cluster);
+        directory += (ENTRY_BYTES + bitmap.name.len() as u64).next_multiple_of(8);
+    }
+    bytes + directory.next_multiple_of(cluster)
 }
 
 /// Bytes of clusters with anything in them but zeroes.
