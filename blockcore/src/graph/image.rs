@@ -379,7 +379,20 @@ impl Change {
             .take()
             .amend_begin(&options)
             .map_err(|error| self.cannot("amend", id, &error))?;
-        let work: Work<()> = Box::new(move |driver, root| driver.amend(root, options, force));
+        let control = self.control().clone();
+        let work: Work<()> = Box::new(move |driver, root| {
+            async move {
+                // They are read anew with the image.
+                let node = root.node();
+                let kept = |graph: &Graph| graph.nodes[&node].bitmaps.kept();
+                let kept = control.read(kept);
+                if !kept.is_empty() {
+                    driver.store_bitmaps(Rc::clone(&root), kept).await?;
+                }
+                driver.amend(root, options, force).await
+            }
+            .boxed_local()
+        });
         let amended = self.claimed(id, Claim::changing("amend"), work).await;
         driver.take().amend_end();
         // Also after a failure: some of it may have been done.
