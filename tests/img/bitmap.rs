@@ -345,6 +345,24 @@ fn a_copy_has_the_bitmaps_of_its_source_and_leaves_out_those_that_mean_nothing()
 }
 
 #[test]
+fn bitmaps_are_measured_alike() {
+    let pair = pair();
+    let add = ["bitmap", "--add", "-g", "512", "a.qcow2", &"n".repeat(1000)];
+    prepare(&pair, "qemu-img", &add);
+    for options in [
+        "compat=1.1",
+        "compat=0.10",
+        "cluster_size=512",
+        "cluster_size=2M",
+    ] {
+        for name in ["a.qcow2", "other.qcow2"] {
+            pair.same(&["measure", "-f", "qcow2", "-O", "qcow2", "-o", options, name]);
+        }
+    }
+    pair.same(&["measure", "-f", "qcow2", "-O", "raw", "a.qcow2"]);
+}
+
+#[test]
 fn bitmaps_go_with_their_image_through_every_other_verb() {
     let pair = pair();
     let overlay = [

@@ -82,6 +82,7 @@ fn a_refused_amendment_writes_nothing() {
     qemu("qemu-img", &["snapshot", "-c", "one", text(&path)]);
     let before = std::fs::read(&path).unwrap();
     let process = Process::new();
+    let disk = process.open(&open(&path)).unwrap();
     for options in [
         // The snapshot and the disk have clusters in common.
         "refcount-bits=1",
@@ -92,12 +93,12 @@ fn a_refused_amendment_writes_nothing() {
         "data-file=x",
         "backing-file=x",
     ] {
-        let disk = process.open(&open(&path)).unwrap();
         disk.amend(options, false).unwrap_err();
         assert_eq!(disk.read(0, 4096), [1; 4096]);
-        disk.close().unwrap();
-        assert_eq!(std::fs::read(&path).unwrap(), before, "{options}");
+        assert!(std::fs::read(&path).unwrap() == before, "{options}");
     }
+    disk.close().unwrap();
+    assert!(std::fs::read(&path).unwrap() == before, "closed");
 }
 
 #[derive(Debug)]
@@ -343,4 +344,77 @@ fn an_image_that_another_process_had_is_read_anew() {
     let now = contents(&path);
     let at = [0, 40 << 10, 100 << 10, 2 << 20].map(|offset: usize| now[offset]);
     assert_eq!(at, [1, 3, 2, 4]);
+}
+
+#[test]
+fn a_disk_in_use_gets_caches_of_other_sizes() {
+    let images = Images::new();
+    let path = images.path("image.qcow2");
+    let create = [
+        "create",
+        "-f",
+        "qcow2",
+        "-o",
+        "cluster_size=512",
+        text(&path),
+        "4M",
+    ];
+    qemu("qemu-img", &create);
+    let process = Process::new();
+    let disk = process.open(&open(&path)).unwrap();
+    let mut random = Random::new(1);
+    let mut model = vec![0; 4 << 20];
+    for options in [
+        "l2-cache-size=4k,refcount-cache-size=2k",
+        "l2-cache-entry-size=512,cache-size=1M",
+        "discard=unmap,lazy-refcounts=on,overlap-check=none",
+        "overlap-check.template=all,overlap-check.inactive-l2=off",
+        "",
+    ] {
+        for _ in 0..20 {
+            let offset = random.below(8000) * 512;
+            let byte = 1 + random.below(255) as u8;
+            disk.write(offset, &[byte; 2048]);
+            model[offset as usize..][..2048].fill(byte);
+        }
+        disk.reopen(options).unwrap();
+        assert_eq!(disk.read(0, 4 << 20), model, "{options}");
+    }
+    for (options, says) in [
+        ("l2-cache-size=2M,cache-size=1M", "cache-size"),
+        ("overlap-check=some", "overlap-check"),
+        (
+            "overlap-check=all,overlap-check.template=none",
+            "conflicting",
+        ),
+        ("snapshot.id=1", "snapshot"),
+    ] {
+        let error = disk.reopen(options).unwrap_err();
+        assert!(error.to_string().contains(says), "{error}");
+        disk.write(0, &[7; 512]);
+        assert_eq!(disk.read(0, 512), [7; 512], "{options}");
+    }
+    model[..512].fill(7);
+    disk.close().unwrap();
+    assert_clean(&path, "closed");
+    assert_eq!(contents(&path), model);
+}
+
+#[test]
+fn counts_that_come_later_are_refused_where_the_image_cannot_say_so() {
+    let images = Images::new();
+    let path = images.path("image.qcow2");
+    let create = [
+        "create",
+        "-f",
+        "qcow2",
+        "-o",
+        "compat=0.10",
+        text(&path),
+        "1M",
+    ];
+    qemu("qemu-img", &create);
+    let options = format!("{},lazy-refcounts=on", open(&path));
+    let error = Process::new().open(&options).map(drop).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
 }

@@ -10,3 +10,4 @@ mod power;
 mod race;
 mod setup;
 mod snapshot;
+mod stress;

@@ -189,6 +189,12 @@ impl Disk {
         self.control(|control| async move { control.amend("disk", options, force).await })
     }
 
+    /// Reopens the node with these options; what is left out has its default.
+    pub(crate) fn reopen(&self, options: &str) -> Result<(), Error> {
+        let options = Options::parse(&format!("node-name=disk,{options}"), None)?;
+        self.control(|control| async move { control.reopen(vec![options]).await })
+    }
+
     /// Hands the image over to another process, which is `other`, and takes it back.
     pub(crate) fn lend(mut self, other: impl FnOnce()) -> Result<Self, Error> {
         let (root, id) = (self.root, self.id);

@@ -516,6 +516,8 @@ pub struct ReopenRequest {
     pub will_write: bool,
     /// The children after the change.
     pub children: Vec<Option<super::OpenChild>>,
+    /// The node as it is, which is drained and has been flushed; `None` if it does not write.
+    pub root: Option<Rc<Root>>,
 }
 
 /// What preparing a reopen gives.

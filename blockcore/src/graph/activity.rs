@@ -185,7 +185,7 @@ impl Change {
             }
             // Another process may have written to it.
             if self.state().shape.vertex(id).kind.kind == DriverKind::Format {
-                self.reread(id).await?;
+                self.reread(id, None).await?;
             }
         }
         Ok(())

@@ -6,7 +6,9 @@ use std::sync::Arc;
 
 use super::permission::Permissions;
 use super::{Change, Control, Graph, Node, NodeId};
-use crate::dirty_bitmap::{BitmapSet, DirtyBitmap, Operation, default_granularity_bytes};
+use crate::dirty_bitmap::{
+    BitmapSet, DirtyBitmap, KeptBitmap, Operation, default_granularity_bytes,
+};
 use crate::drain::Scope;
 use crate::driver::{FindBitmap, OpenModes};
 use crate::io::Root;
@@ -264,20 +266,28 @@ impl Node {
 impl Change {
     /// Has a node's driver store the persistent bitmaps. The node is drained, and may be written to.
     pub(super) async fn store_bitmaps(&self, id: NodeId, root: &Rc<Root>) -> Result<(), Error> {
-        let (driver, kept) = self.control().change(|graph| {
+        self.control().change(|graph| {
             // Somebody may be about to tell that it has another length.
             let node = graph.nodes.get_mut(&id);
             if node.is_some_and(|node| node.fit_bitmaps(true)) {
                 graph.replan();
             }
+        });
+        let kept = self.kept_bitmaps(id);
+        if kept.is_empty() {
+            return Ok(());
+        }
+        let driver = self.driver_of(id);
+        driver.take().store_bitmaps(Rc::clone(root), kept).await
+    }
+
+    /// The persistent bitmaps of a node, as they are now.
+    fn kept_bitmaps(&self, id: NodeId) -> Vec<KeptBitmap> {
+        self.control().read(|graph| {
             let node = self.state().node(graph, id);
             let node = node.expect("every vertex of a shape has a node");
-            (node.driver.clone(), node.bitmaps.kept())
-        });
-        match kept.is_empty() {
-            true => Ok(()),
-            false => driver.take().store_bitmaps(Rc::clone(root), kept).await,
-        }
+            node.bitmaps.kept()
+        })
     }
 }
 

@@ -5,6 +5,7 @@
 //! drained. It claims what it needs like any user, so whoever does not share that is named; the claim
 //! ends with it.
 
+use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::rc::Rc;
 
@@ -17,8 +18,8 @@ use super::reopen::Reopening;
 use super::{Change, Control, Graph, NodeId, Operation, RootSpec};
 use crate::drain::Scope;
 use crate::driver::{
-    CheckReport, Driver, Fix, Measured, OpenModes, Preallocation, ReopenRequest, SnapshotInfo,
-    SnapshotRef, SnapshotSpec,
+    CheckReport, Driver, Fix, MeasureSource, Measured, OpenModes, Preallocation, ReopenRequest,
+    SnapshotInfo, SnapshotRef, SnapshotSpec,
 };
 use crate::io::Root;
 use crate::io::buffer::Segments;
@@ -274,7 +275,13 @@ impl Control {
         };
         let root = self.add_root(node, spec).await?;
         let measured = match self.root_here(root) {
-            Ok(root) => measure(options, Some(root)).await,
+            Ok(root) => {
+                let bitmaps = self.read(|graph| {
+                    let node = graph.node(node).ok()?;
+                    graph.keeps_bitmaps(node.id()).then(|| node.bitmaps.kept())
+                });
+                measure(options, Some(MeasureSource { root, bitmaps })).await
+            }
             Err(error) => Err(error),
         };
         let released = self.remove_root(root).await;
@@ -379,7 +386,8 @@ impl Change {
             .take()
             .amend_begin(&options)
             .map_err(|error| self.cannot("amend", id, &error))?;
-        let control = self.control().clone();
+        let (control, begun) = (self.control().clone(), Rc::new(Cell::new(false)));
+        let has_begun = Rc::clone(&begun);
         let work: Work<()> = Box::new(move |driver, root| {
             async move {
                 // They are read anew with the image.
@@ -389,20 +397,26 @@ impl Change {
                 if !kept.is_empty() {
                     driver.store_bitmaps(Rc::clone(&root), kept).await?;
                 }
+                begun.set(true);
                 driver.amend(root, options, force).await
             }
             .boxed_local()
         });
         let amended = self.claimed(id, Claim::changing("amend"), work).await;
         driver.take().amend_end();
+        if !has_begun.get() {
+            // It may not even be drained, nor are its bitmaps stored.
+            return amended;
+        }
         // Also after a failure: some of it may have been done.
-        let reread = self.reread(id).await;
+        let root = self.temporary_root(id, Permissions::all());
+        let reread = self.reread(id, Some(root)).await;
         amended.and(reread)
     }
 
     /// Has a node's driver read its image anew, which has changed below it: a reopen with the options that
     /// there are, by which nothing of before is kept.
-    pub(super) async fn reread(&mut self, id: NodeId) -> Result<(), Error> {
+    pub(super) async fn reread(&mut self, id: NodeId, root: Option<Rc<Root>>) -> Result<(), Error> {
         let vertex = self.state().shape.vertex(id);
         let (kind, modes, node_name) = (vertex.kind, vertex.modes, vertex.name.to_string());
         let (driver, options) = self.control().read(|graph| {
@@ -423,6 +437,7 @@ impl Change {
             modes,
             will_write: !modes.read_only,
             children: self.open_children_of(id),
+            root,
         };
         let prepared = driver.take().reopen_prepare(request).await?;
         let state = self.state_mut();

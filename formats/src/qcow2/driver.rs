@@ -35,7 +35,8 @@ pub(super) struct Qcow2Driver {
     loaded: Option<Vec<KeptBitmap>>,
     /// What a reopen has prepared.
     prepared: RefCell<Option<Prepared>>,
-    /// The image's file has been changed otherwise than what is in memory: it is to be read anew.
+    /// The image's file has been changed otherwise than what is in memory, which is to be read anew and
+    /// must not be written back.
     is_stale: bool,
 }
 
@@ -113,28 +114,33 @@ impl Driver for Qcow2Driver {
             let writes = |modes: OpenModes| !modes.read_only && !modes.inactive;
             let (wrote, will_write) = (writes(request.modes_before), writes(request.modes));
             let changed = request.changed();
-            if wrote {
-                let in_place = |name: &String| name.contains("discard") || name == "lazy-refcounts";
-                if let Some(name) = changed.iter().find(|name| !in_place(name)) {
-                    return Err(Error::unsupported(format!(
-                        "cannot change the option '{name}' of node '{}' while its image is open for writing",
-                        request.node_name
-                    )));
-                }
+            let in_place = |name: &String| {
+                let options = ["discard", "lazy-refcounts", "overlap-check"];
+                options.iter().any(|option| name.contains(option))
+            };
+            if wrote && changed.iter().all(in_place) {
                 let header = self.image.header().clone();
                 let options =
                     run_options(&request.options, request.modes, &header, &request.node_name)?;
                 *self.prepared.borrow_mut() = Some(Prepared::Options(options));
                 return Ok(Reopened::default());
             }
+            if let Some(root) = request.root.as_ref().filter(|_| !self.is_stale) {
+                // Nothing of it is kept back then. It stays of use if this is given up: what it writes from
+                // here on is durable before it completes.
+                self.finish(root).await?;
+            }
             if !will_write && changed.is_empty() {
                 return Ok(Reopened::default());
             }
-            // Nothing of it is kept back: it is read anew.
+            // It is read anew.
             if self.is_stale && self.image.gate.is_broken() {
                 return Err(Error::new(
                     ErrorKind::Io,
-                    format!("the image of node '{}' could not be written", request.node_name),
+                    format!(
+                        "the image of node '{}' could not be written",
+                        request.node_name
+                    ),
                 ));
             }
             let file = request.children[0].as_ref().expect("not optional");
@@ -352,8 +358,9 @@ impl Driver for Qcow2Driver {
     ) -> LocalBoxFuture<'_, Result<(), Error>> {
         async move {
             let request = root.enter(RequestKind::Write, 0, 0).await;
-            self.is_stale = true;
-            self.image.amend(request.io(), &options, force).await
+            let amended = self.image.amend(request.io(), &options, force).await;
+            self.is_stale = matches!(amended, Ok(true)) || self.image.gate.is_broken();
+            amended.map(drop)
         }
         .boxed_local()
     }

@@ -119,6 +119,24 @@ const fn switch(name: &'static str, default: &'static str, help: &'static str) -
     }
 }
 
+/// How much is checked before metadata is written.
+const OVERLAP_CHECKS: OptionKind = OptionKind::Choice(&["none", "constant", "cached", "all"]);
+
+const fn overlap_template(name: &'static str, help: &'static str) -> OptionSpec {
+    OptionSpec {
+        kind: OVERLAP_CHECKS,
+        ..switch(name, "", help)
+    }
+}
+
+const fn overlap_check(name: &'static str) -> OptionSpec {
+    switch(
+        name,
+        "",
+        "taken as QEMU has it; such clusters are never written over, whatever it says",
+    )
+}
+
 const fn text(name: &'static str, help: &'static str) -> OptionSpec {
     OptionSpec {
         name,
@@ -166,9 +184,26 @@ pub(crate) const OPTIONS: &[OptionSpec] = &[
     ),
     switch(
         "lazy-refcounts",
-        "off",
+        "",
         "refcounts may be written later; they are written with the entries that need them all the same",
     ),
+    overlap_template(
+        "overlap-check",
+        "what is checked before metadata is written: none, constant, cached or all; all is, whatever it says",
+    ),
+    overlap_template(
+        "overlap-check.template",
+        "the same, to begin with, for the options below",
+    ),
+    overlap_check("overlap-check.main-header"),
+    overlap_check("overlap-check.active-l1"),
+    overlap_check("overlap-check.active-l2"),
+    overlap_check("overlap-check.refcount-table"),
+    overlap_check("overlap-check.refcount-block"),
+    overlap_check("overlap-check.snapshot-table"),
+    overlap_check("overlap-check.inactive-l1"),
+    overlap_check("overlap-check.inactive-l2"),
+    overlap_check("overlap-check.bitmap-directory"),
     switch(
         "pass-discard-request",
         "",

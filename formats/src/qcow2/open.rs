@@ -132,7 +132,8 @@ pub(super) async fn open_image(
         }
     }
     let snapshots = read_snapshots(source, &header).await?;
-    let shows_snapshot = show_snapshot(source, options, modes, &snapshots, &mut header)?;
+    let disk_bytes = header.bytes;
+    show_snapshot(source, options, modes, &snapshots, &mut header)?;
     let l1_bytes = 8 * u64::from(header.l1_entries);
     let l1 = source.read("L1 table", header.l1_offset, l1_bytes).await?;
     let mut l1: Vec<_> = words(&l1).map(L1Entry).collect();
@@ -163,7 +164,8 @@ pub(super) async fn open_image(
         );
     }
     let mut loaded = Loaded::default();
-    if !shows_snapshot {
+    // A snapshot of another length than the disk has nothing to do with its bitmaps.
+    if header.bytes == disk_bytes {
         let metadata = writable.then_some(&metadata);
         loaded = bitmaps::load::load(source, &header, metadata, &mut budget).await?;
     }
@@ -241,21 +243,21 @@ async fn read_snapshots(source: &Source, header: &Header) -> Result<Snapshots, E
 }
 
 /// Makes the header that of the snapshot which options name, if they do: its L1 table, and the disk's length
-/// then. Says whether they do.
+/// then.
 fn show_snapshot(
     source: &Source,
     options: &Options,
     modes: OpenModes,
     snapshots: &Snapshots,
     header: &mut Header,
-) -> Result<bool, Error> {
+) -> Result<(), Error> {
     let given = |name: &str| options.get(name).filter(|text| !text.is_empty());
     let which = SnapshotRef {
         id: given("snapshot.id").map(str::to_owned),
         name: given("snapshot.name").map(str::to_owned),
     };
     if which == SnapshotRef::default() {
-        return Ok(false);
+        return Ok(());
     }
     let node = &source.node;
     if !modes.read_only {
@@ -281,7 +283,7 @@ fn show_snapshot(
             header.l1_entries, header.bytes
         )));
     }
-    Ok(true)
+    Ok(())
 }
 
 /// What options say of a running image.
@@ -301,6 +303,14 @@ pub(super) fn run_options(
         pass_discard_other: pass("pass-discard-other", false),
         discard_no_unref: pass("discard-no-unref", false),
     };
+    let lazy = pass("lazy-refcounts", false);
+    if lazy && header.version < 3 {
+        return Err(Error::invalid(format!(
+            "node '{node}' cannot have 'lazy-refcounts=on': its image has version 2, which has no way to say \
+             that counts are written later"
+        )));
+    }
+    check_overlap_options(options, node)?;
     if run_options.discard_no_unref && header.version < 3 {
         return Err(Error::invalid(format!(
             "node '{node}' cannot have 'discard-no-unref=on': its image has version 2, which has no way to \
@@ -308,6 +318,20 @@ pub(super) fn run_options(
         )));
     }
     Ok(run_options)
+}
+
+/// Which metadata is looked for before other metadata is written is taken as QEMU takes it. Here all of it
+/// always is: what may not be written over is known from opening on, and a look costs one load
+/// ([`Metadata`]).
+fn check_overlap_options(options: &Options, node: &str) -> Result<(), Error> {
+    let given = |name: &str| options.get(name).filter(|text| !text.is_empty());
+    match (given("overlap-check"), given("overlap-check.template")) {
+        (Some(one), Some(other)) if one != other => Err(Error::invalid(format!(
+            "node '{node}' has conflicting values for 'overlap-check' ('{one}') and 'overlap-check.template' \
+             ('{other}')"
+        ))),
+        _ => Ok(()),
+    }
 }
 
 fn check_writable(source: &Source, header: &Header) -> Result<(), Error> {

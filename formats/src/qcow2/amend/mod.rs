@@ -39,22 +39,23 @@ use super::snapshot::draft::Draft;
 use super::snapshot::{Failure, Next};
 
 impl Image {
-    /// See [`Driver::amend`](blockcore::driver::Driver::amend).
+    /// See [`Driver::amend`](blockcore::driver::Driver::amend). Returns whether the image in the file is another
+    /// than the one in memory, which is of no use any more then.
     pub(super) async fn amend(
         &self,
         io: Io<'_>,
         options: &Options,
         force: bool,
-    ) -> Result<(), Error> {
+    ) -> Result<bool, Error> {
         self.check_whole()
             .map_err(|error| self.explain(io, "amend anything", error.into()))?;
         let amendment = self.amendment(options, force)?;
         let mut header = self.header().clone();
         amendment.apply(&mut header);
         if header == *self.header() {
-            return Ok(());
+            return Ok(false);
         }
-        let amended = self.become_amended(io, &amendment).await;
+        let amended = self.become_amended(io, &amendment).await.map(|()| true);
         amended.map_err(|failure| self.explain(io, "make these amendments", failure))
     }
 

@@ -5,13 +5,15 @@
 
 use std::rc::Rc;
 
-use blockcore::driver::{Measured, StatusFlags};
+use blockcore::dirty_bitmap::KeptBitmap;
+use blockcore::driver::{MeasureSource, Measured, StatusFlags};
 use blockcore::io::{RequestKind, Root};
 use blockcore::options::{OptionSpec, Options};
 use blockcore::{Error, ErrorKind};
 
 use super::plan::Plan;
 use super::spec::{CREATE_OPTIONS, Spec};
+use crate::qcow2::layout::bitmap::entry_bytes;
 
 /// See [`DriverType::measure`](blockcore::driver::DriverType::measure).
 ///
@@ -20,7 +22,7 @@ use super::spec::{CREATE_OPTIONS, Spec};
 /// [`ErrorKind::Invalid`] for options that make no image; what could not be looked at.
 pub(in super::super) async fn measure(
     mut options: Options,
-    source: Option<Rc<Root>>,
+    source: Option<MeasureSource>,
 ) -> Result<Measured, Error> {
     const TABLE: &[OptionSpec] = CREATE_OPTIONS;
     let take = |options: &mut Options, name: &str| {
@@ -40,7 +42,10 @@ pub(in super::super) async fn measure(
     // Its plan has all clusters, and tables for them.
     options.set("preallocation", "metadata");
     if let Some(source) = &source {
-        options.set("size", source.bytes().next_multiple_of(512).to_string());
+        options.set(
+            "size",
+            source.root.bytes().next_multiple_of(512).to_string(),
+        );
     }
     let spec = Spec::parse(&options, None)?;
     let cluster = spec.geometry().cluster_bytes();
@@ -50,13 +55,31 @@ pub(in super::super) async fn measure(
         _ if is_full => disk_bytes,
         None => 0,
         Some(_) if has_backing => disk_bytes,
-        Some(source) => data_bytes(source, cluster).await?,
+        Some(source) => data_bytes(&source.root, cluster).await?,
     };
     Ok(Measured {
         required_bytes: fully_allocated_bytes - disk_bytes + data_bytes,
         fully_allocated_bytes,
-        bitmaps_bytes: None,
+        bitmaps_bytes: source
+            .and_then(|source| source.bitmaps)
+            .filter(|_| spec.version >= 3)
+            .map(|bitmaps| bitmaps_bytes(&bitmaps, cluster)),
     })
+}
+
+/// Bytes of clusters for bitmaps with a bit set in each: bits, tables and the directory.
+fn bitmaps_bytes(bitmaps: &[KeptBitmap], cluster: u64) -> u64 {
+    let (mut bytes, mut directory) = (0, 0_u64);
+    for bitmap in bitmaps {
+        let bits = bitmap
+            .bits
+            .length()
+            .div_ceil(bitmap.bits.granularity_bytes());
+        let clusters = bits.div_ceil(8).div_ceil(cluster);
+        bytes += clusters * cluster + (clusters * 8).next_multiple_of(cluster);
+        directory += entry_bytes(0, bitmap.name.len());
+    }
+    bytes + directory.next_multiple_of(cluster)
 }
 
 /// Bytes of clusters with anything in them but zeroes.
