@@ -1,9 +1,10 @@
 //! Persistent bitmaps: by us and by QEMU's tools in turns (`differential`), cut off at any moment (`cut`), and
-//! in images that nobody should believe (`hostile`).
+//! in images that nobody should believe (`hostile`); through a daemon (`served`).
 
 mod cut;
 mod differential;
 mod hostile;
+mod served;
 
 use std::path::Path;
 

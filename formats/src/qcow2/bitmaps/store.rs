@@ -1,6 +1,7 @@
 //! Storing bitmaps in the image, and removing them. In which order, and why, is told in the module above.
 
 use blockcore::dirty_bitmap::{Bits, KeptBitmap};
+use blockcore::fault::{self, Fault};
 use blockcore::io::Io;
 use blockcore::{Error, ErrorKind, IoError};
 
@@ -37,6 +38,17 @@ impl Image {
         io: Io<'_>,
         kept: Vec<KeptBitmap>,
     ) -> Result<(), Error> {
+        let bytes = self.bytes();
+        if let Some(other) = kept.iter().find(|bitmap| bitmap.bits.length() != bytes) {
+            let text = format!(
+                "cannot store bitmaps in the image of node '{}': bitmap '{}' is over {} bytes, and the disk has \
+                 {bytes}",
+                io.name(),
+                other.name,
+                other.bits.length()
+            );
+            return Err(Error::invalid(text));
+        }
         let before = self.bitmaps.list().clone();
         let is_stored = |bitmap: &KeptBitmap| {
             let mut entries = before.iter();
@@ -255,7 +267,9 @@ impl Image {
                 bytes: bytes.len() as u64,
             }),
         };
-        self.commit(io).await?;
+        if !fault::is_planted(Fault::BitmapsNamedEarly) {
+            self.commit(io).await?;
+        }
         let g = self.geometry;
         let length = g.cluster_bytes().min(io.child(FILE).bytes());
         let mut cluster = read_bytes(io, HostOffset(0), length).await?;
