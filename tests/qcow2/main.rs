@@ -1,6 +1,7 @@
 //! qcow2 images: what we make of them, and what QEMU's tools make of what we do.
 
 mod differential;
+mod failing;
 mod grow;
 mod hostile;
 mod killed;
