@@ -9,4 +9,5 @@ mod power;
 mod race;
 mod setup;
 mod snapshot;
+mod states;
 mod stress;
