@@ -114,6 +114,10 @@ pub struct ServeArgs {
     /// Refuse the guest's writes
     #[arg(long, conflicts_with = "create")]
     pub read_only: bool,
+    /// Leave the disk as it is: what the guest writes goes to a nameless file in $TMPDIR, else /var/tmp, and
+    /// is gone when this ends
+    #[arg(long, conflicts_with_all = ["create", "read_only"])]
+    pub temporary: bool,
     /// How writes are kept
     #[arg(long, value_enum, default_value_t = CacheMode::Writeback)]
     pub cache: CacheMode,

@@ -12,6 +12,7 @@ pub mod img;
 pub mod polling;
 pub mod serve;
 pub mod signals;
+mod temporary;
 pub mod vhost_user;
 pub mod virtio;
 pub mod worker;

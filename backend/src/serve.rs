@@ -15,11 +15,14 @@ use blockcore::{Error, ErrorKind};
 use crate::cli::ServeArgs;
 use crate::config::ExportConfig;
 use crate::daemon::Daemon;
+use crate::temporary;
 
 /// What a disk is where nothing is said.
 const RAW: &str = "raw";
 /// The node's and the export's name.
 const NAME: &str = "disk";
+/// The name of the disk's own node, where a temporary one is above it.
+const BASE: &str = "disk-base";
 /// After what time writes that the host had no space for are tried again: soon enough for who has just
 /// made room, seldom enough for a host that has none.
 const RETRY: Duration = Duration::from_secs(3);
@@ -63,13 +66,21 @@ pub fn build(
             )),
         });
     }
-    let daemon = Daemon::new(args.process.config(), drivers)?;
+    let mut process = args.process.config();
+    if args.temporary {
+        // Nothing is to be found again.
+        process.runtime_directory = None;
+    }
+    let daemon = Daemon::new(process, drivers)?;
     if let Some(bytes) = args.create {
         create(&daemon, args, bytes)?;
     } else if args.format.is_none() {
         refuse_other_formats(args, probe, &formats)?;
     }
     daemon.add_node(node_options(args)?)?;
+    if args.temporary {
+        temporary::add(&daemon, NAME, BASE)?;
+    }
     daemon.add_export(ExportConfig {
         id: NAME.into(),
         node: NAME.into(),
@@ -165,8 +176,8 @@ fn node_options(args: &ServeArgs) -> Result<Options, Error> {
         std::fs::metadata(&args.disk).is_ok_and(|metadata| metadata.file_type().is_block_device());
     let mut options = Options::default();
     options.set("driver", format(args));
-    options.set("node-name", NAME);
-    options.set("read-only", on_off(args.read_only));
+    options.set("node-name", if args.temporary { BASE } else { NAME });
+    options.set("read-only", on_off(args.read_only || args.temporary));
     options.set("discard", "unmap");
     options.set("cache.direct", on_off(args.cache.direct()));
     options.set("cache.no-flush", on_off(args.cache.no_flush()));
@@ -186,10 +197,10 @@ pub fn announce(args: &ServeArgs, daemon: &Daemon, mut out: impl io::Write) -> i
     };
     let info = export.info();
     let socket = args.socket.display();
-    let access = if info.read_only {
-        "read-only"
-    } else {
-        "read-write"
+    let access = match (info.read_only, args.temporary) {
+        (true, _) => "read-only",
+        (false, false) => "read-write",
+        (false, true) => "temporary: what is written goes with this process",
     };
     writeln!(
         out,

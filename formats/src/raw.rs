@@ -1,15 +1,14 @@
 //! Driver `raw`: its child's bytes as they are, or a range of them.
 
-use std::rc::Rc;
 use std::sync::Arc;
 
 use blockcore::driver::{
-    Driver, DriverIo, DriverType, Limits, Mapping, Measured, OpenRequest, Opened, Place,
-    Preallocation, ReopenRequest, Reopened, Role, Status, StatusFlags, TruncateFlags, WriteFlags,
-    ZeroFlags,
+    Driver, DriverIo, DriverType, Limits, Mapping, MeasureSource, Measured, OpenRequest, Opened,
+    Place, Preallocation, ReopenRequest, Reopened, Role, Status, StatusFlags, TruncateFlags,
+    WriteFlags, ZeroFlags,
 };
 use blockcore::io::buffer::Segments;
-use blockcore::io::{Io, IoFuture, Root};
+use blockcore::io::{Io, IoFuture};
 use blockcore::options::{OptionKind, OptionSpec, Options};
 use blockcore::{Error, IoError};
 use futures_util::FutureExt;
@@ -28,7 +27,7 @@ pub static RAW: DriverType = DriverType {
     // Anything is raw if it is nothing else.
     probe: Some(|_| 1),
     open: |request| async move { open(&request) }.boxed_local(),
-    measure: Some(|options, root| async move { measure(&options, root) }.boxed_local()),
+    measure: Some(|options, source| async move { measure(&options, source) }.boxed_local()),
     ..DriverType::FORMAT
 };
 
@@ -89,10 +88,10 @@ const CREATE_OPTIONS: &[OptionSpec] = &[OptionSpec {
 }];
 
 /// As long as the disk is, whatever is in it: a file's holes do not make it shorter.
-fn measure(options: &Options, root: Option<Rc<Root>>) -> Result<Measured, Error> {
+fn measure(options: &Options, source: Option<MeasureSource>) -> Result<Measured, Error> {
     options.check(&[CREATE_OPTIONS], "a raw image")?;
-    let bytes = match root {
-        Some(root) => root.bytes(),
+    let bytes = match source {
+        Some(source) => source.root.bytes(),
         None => options.size(CREATE_OPTIONS, "size"),
     };
     let bytes = bytes
@@ -268,6 +267,8 @@ impl DriverIo for Raw {
 
 #[cfg(test)]
 mod tests {
+    use std::rc::Rc;
+
     use blockcore::ErrorKind;
     use blockcore::engine::{EngineChoice, make};
     use blockcore::graph::{Control, Graph};

@@ -100,7 +100,7 @@ impl Cell {
 }
 
 impl Spread {
-    fn of(mut values: Vec<f64>) -> Self {
+    pub(crate) fn of(mut values: Vec<f64>) -> Self {
         values.sort_by(f64::total_cmp);
         let Some((&least, &most)) = values.first().zip(values.last()) else {
             return Self {

@@ -69,7 +69,7 @@ impl Lane for Direct {
             Operation::Read => opcode::Read::new(Fixed(0), buffer, length)
                 .offset(offset)
                 .build(),
-            Operation::Write => opcode::Write::new(Fixed(0), buffer, length)
+            Operation::Write | Operation::First => opcode::Write::new(Fixed(0), buffer, length)
                 .offset(offset)
                 .build(),
         };

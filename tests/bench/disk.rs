@@ -13,6 +13,30 @@ use rustix::fs::{Advice, fadvise};
 use crate::row::{BLOCK_BYTES, Row};
 use crate::shown;
 
+/// Length of a disk for first writes.
+const EMPTY_BYTES: u64 = 32 << 30;
+
+/// A disk that nothing has been written to, removed when dropped.
+pub(crate) struct Empty {
+    path: PathBuf,
+}
+
+impl Empty {
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(crate) fn blocks(&self) -> u64 {
+        EMPTY_BYTES / BLOCK_BYTES as u64
+    }
+}
+
+impl Drop for Empty {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
 /// A file of our own, removed when dropped.
 pub(crate) struct Disk {
     file: File,
@@ -89,6 +113,25 @@ impl Disk {
         match (format, &self.image) {
             (Format::Qcow2, Some(image)) => image,
             _ => &self.path,
+        }
+    }
+
+    /// A new disk beside the file: nothing of it has been written.
+    ///
+    /// # Errors
+    ///
+    /// What `qemu-img` says.
+    pub(crate) fn make_empty(&self, format: Format) -> io::Result<Empty> {
+        let path = self.path.with_extension(format!("empty.{format}"));
+        let empty = Empty { path };
+        let status = Command::new("qemu-img")
+            .args(["create", "-q", "-f", &format.to_string()])
+            .arg(&empty.path)
+            .arg(EMPTY_BYTES.to_string())
+            .status()?;
+        match status.success() {
+            true => Ok(empty),
+            false => Err(io::Error::other("qemu-img could not make an image")),
         }
     }
 

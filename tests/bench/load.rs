@@ -26,6 +26,12 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// Polls in vain after which a client that shares its CPU lets others run.
 const POLLS_BEFORE_YIELD: u32 = 64;
 
+/// Blocks of an image's cluster.
+const CLUSTER_BLOCKS: u64 = (64 << 10) / BLOCK_BYTES as u64;
+
+/// What scatters first writes.
+const SCATTER: u64 = 0x9e37_79b1;
+
 /// What to do.
 #[derive(Clone, Copy)]
 pub(crate) struct Job<'a> {
@@ -33,7 +39,7 @@ pub(crate) struct Job<'a> {
     pub(crate) file: &'a Path,
     /// What that is.
     pub(crate) format: Format,
-    /// The file's size in blocks.
+    /// The disk's size in blocks: a power of two clusters for first writes.
     pub(crate) blocks: u64,
     pub(crate) seconds: Duration,
 }
@@ -115,6 +121,8 @@ pub(crate) fn measure<L: Lane>(
             let client = Client {
                 lane,
                 row: job.row,
+                index: index as u64,
+                submitted: 0,
                 blocks: job.blocks,
                 random: Random::new(index as u64 + 1),
                 phase: &phase,
@@ -184,7 +192,9 @@ pub(crate) fn verify<L: Lane>(job: &Job<'_>, lanes: &mut [L], stamp: u64) -> io:
         for operation in [Operation::Write, Operation::Read] {
             for (slot, &block) in blocks.iter().enumerate() {
                 match operation {
-                    Operation::Write => model::fill(lane.buffer(slot), stamp, sector(block)),
+                    Operation::Write | Operation::First => {
+                        model::fill(lane.buffer(slot), stamp, sector(block));
+                    }
                     Operation::Read => lane.buffer(slot).fill(0),
                 }
                 lane.submit(slot, operation, block)?;
@@ -235,6 +245,9 @@ fn finish<L: Lane>(lane: &mut L, requests: usize) -> io::Result<()> {
 struct Client<'a, L> {
     lane: L,
     row: Row,
+    /// Which of them it is.
+    index: u64,
+    submitted: u64,
     blocks: u64,
     random: Random,
     phase: &'a AtomicU8,
@@ -291,8 +304,26 @@ impl<L: Lane> Client<'_, L> {
     }
 
     fn submit(&mut self, slot: usize) -> io::Result<()> {
-        let block = self.random.below(self.blocks);
+        let block = match self.row.operation {
+            Operation::First => self.untouched()?,
+            Operation::Read | Operation::Write => self.random.below(self.blocks),
+        };
         self.lane.submit(slot, self.row.operation, block)
+    }
+
+    /// A block in a cluster that nobody has written to: all over the disk, each once.
+    fn untouched(&mut self) -> io::Result<u64> {
+        let clusters = self.blocks / CLUSTER_BLOCKS;
+        let number = self.index + self.submitted * self.row.queues as u64;
+        if number >= clusters {
+            return Err(io::Error::other(
+                "every cluster has been written to: measure for less time",
+            ));
+        }
+        self.submitted += 1;
+        // An odd factor makes another order of a power of two.
+        let cluster = number.wrapping_mul(SCATTER) & (clusters - 1);
+        Ok(cluster * CLUSTER_BLOCKS)
     }
 }
 

@@ -11,6 +11,7 @@
 mod cell;
 mod direct;
 mod disk;
+mod inside;
 mod load;
 mod machine;
 mod row;
@@ -26,12 +27,12 @@ use std::time::{Duration, Instant};
 
 use cell::{Backend, Cell};
 use clap::Parser;
-use disk::Disk;
+use disk::{Disk, Empty};
 use harness::peer::{Aio, Format};
 use load::Measurement;
 use machine::Placement;
 use regex::Regex;
-use row::Row;
+use row::{Operation, Row};
 
 /// The part of the machine's CPU time that others may use during a measurement that counts. The
 /// kernel's own threads, which write back and complete I/O, are others too.
@@ -49,7 +50,8 @@ struct Arguments {
     /// Back-ends to run; by default stonework,qsd,baseline,direct, and stonework,qsd,raw for qcow2
     #[arg(long, value_delimiter = ',')]
     backends: Vec<Backend>,
-    /// What stonework and qsd serve: the raw file, or a qcow2 image of it with every cluster allocated
+    /// What stonework and qsd serve: the raw file, or a qcow2 image of it with every cluster allocated (and, for
+    /// first writes, a new image)
     #[arg(long, default_value = "raw", value_parser = ["raw", "qcow2"])]
     format: String,
     /// Times that each row is measured on each back-end
@@ -67,6 +69,9 @@ struct Arguments {
     /// Print the table as Markdown
     #[arg(long)]
     markdown: bool,
+    /// Measure one and two workers in this process, each with its own ring and no client beside it, instead
+    #[arg(long)]
+    inside: bool,
     /// Only show that it works: a few rows, one short round
     #[arg(long)]
     quick: bool,
@@ -89,7 +94,14 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
-    let mut rows: Vec<Row> = Row::all()
+    let format = match arguments.format.as_str() {
+        "qcow2" => Format::Qcow2,
+        _ => Format::Raw,
+    };
+    if arguments.inside {
+        return inside::run(format, arguments);
+    }
+    let mut rows: Vec<Row> = Row::all(format)
         .filter(|row| arguments.rows.is_match(&row.to_string()))
         .collect();
     if arguments.quick {
@@ -99,16 +111,12 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
         return Err(format!(
             "no row is called '{}'; the rows are:\n{}",
             arguments.rows,
-            Row::all()
+            Row::all(format)
                 .map(|row| format!("  {row}\n"))
                 .collect::<String>()
         )
         .into());
     }
-    let format = match arguments.format.as_str() {
-        "qcow2" => Format::Qcow2,
-        _ => Format::Raw,
-    };
     let mut backends = match (&*arguments.backends, format) {
         ([], Format::Raw) => vec![
             Backend::Stonework,
@@ -263,11 +271,15 @@ impl Bench<'_> {
             Backend::Stonework | Backend::Qsd => self.format,
             _ => Format::Raw,
         };
+        let empty = match self.row.operation {
+            Operation::First => Some(self.disk.make_empty(format)?),
+            Operation::Read | Operation::Write => None,
+        };
         let job = load::Job {
             row: self.row,
-            file: self.disk.file(format),
+            file: empty.as_ref().map_or(self.disk.file(format), Empty::path),
             format,
-            blocks: self.disk.blocks(),
+            blocks: empty.as_ref().map_or(self.disk.blocks(), Empty::blocks),
             seconds,
         };
         let measured = match backend.program(aio) {

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use harness::driver::Waiting;
+use harness::peer::Format;
 
 /// Bytes of each request.
 pub(crate) const BLOCK_BYTES: usize = 4096;
@@ -31,6 +32,8 @@ enum Cache {
 pub(crate) enum Operation {
     Read,
     Write,
+    /// A write to a cluster of a new image that has none yet.
+    First,
 }
 
 /// How the client learns of completions.
@@ -41,11 +44,15 @@ enum Client {
 }
 
 impl Row {
-    /// Every row, in the order in which they are run.
-    pub(crate) fn all() -> impl Iterator<Item = Self> {
+    /// Every row for disks in `format`, in the order in which they are run.
+    pub(crate) fn all(format: Format) -> impl Iterator<Item = Self> {
         let mut rows = Vec::new();
+        let operations: &[Operation] = match format {
+            Format::Raw => &[Operation::Read, Operation::Write],
+            Format::Qcow2 => &[Operation::Read, Operation::Write, Operation::First],
+        };
         for cache in [Cache::Cached, Cache::Direct] {
-            for operation in [Operation::Read, Operation::Write] {
+            for &operation in operations {
                 for depth in [1, 32] {
                     for queues in [1, 2] {
                         for client in [Client::Eventfd, Client::Polling] {
@@ -90,6 +97,7 @@ impl fmt::Display for Row {
         let operation = match self.operation {
             Operation::Read => "read",
             Operation::Write => "write",
+            Operation::First => "first write",
         };
         let client = match self.client {
             Client::Eventfd => "eventfd",

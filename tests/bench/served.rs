@@ -86,7 +86,7 @@ impl Lane for Served {
         let offset = block * BLOCK_BYTES as u64;
         match operation {
             Operation::Read => self.queue.read(slot, offset, BLOCK_BYTES, 1),
-            Operation::Write => self.queue.write(slot, offset, BLOCK_BYTES, 1),
+            Operation::Write | Operation::First => self.queue.write(slot, offset, BLOCK_BYTES, 1),
         }
     }
 

@@ -46,7 +46,7 @@ impl Lane for Syscalls {
         let buffer = &mut self.buffers[slot].0;
         match operation {
             Operation::Read => self.file.read_exact_at(buffer, offset)?,
-            Operation::Write => self.file.write_all_at(buffer, offset)?,
+            Operation::Write | Operation::First => self.file.write_all_at(buffer, offset)?,
         }
         self.done.push(slot);
         Ok(())

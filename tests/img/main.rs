@@ -1,9 +1,10 @@
 //! `stonework img` against `qemu-img`: the same command lines on copies of the same files have the same
 //! exit status, say the same and leave the same bytes.
 //!
-//! `raw`: images without a format of their own. `qcow2`: those of QEMU's. `chain`: what needs backing
+//! `raw`: images without a format of their own. `qcow2`: those of QEMU's, `bitmap`: with persistent bitmaps. `chain`: what needs backing
 //! images, in this process with a small format of the harness.
 
+mod bitmap;
 mod chain;
 mod qcow2;
 mod raw;

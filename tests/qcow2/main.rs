@@ -1,5 +1,7 @@
 //! qcow2 images: what we make of them, and what QEMU's tools make of what we do.
 
+mod amend;
+mod bitmaps;
 mod differential;
 mod failing;
 mod grow;

@@ -9,6 +9,7 @@ mod image;
 mod lock;
 mod process;
 mod socket;
+mod temporary;
 mod usage;
 
 use std::fs;

@@ -27,7 +27,7 @@ pub struct AmendArgs {
     /// How the image is written
     #[arg(short = 't', long, value_name = "MODE", value_parser = parse_cache, default_value = "writeback")]
     pub cache: CacheMode,
-    /// Do what may lose data, too
+    /// Do what may lose data, too: a shorter disk
     #[arg(long)]
     pub force: bool,
     /// What is to be: key=value,...
@@ -38,27 +38,23 @@ pub struct AmendArgs {
 }
 
 pub(super) async fn run(program: Rc<Program>, args: AmendArgs) -> Result<u8, Failure> {
+    if wants_help(&args.options) {
+        let format = program.format(args.format.format.as_deref().unwrap_or("raw"))?;
+        program.list_amend_options(format)?;
+        return Ok(0);
+    }
+    let Some(filename) = &args.filename else {
+        return Err(Error::invalid("the image to change is not named").into());
+    };
     let how = How {
         cache: args.cache,
         ..How::writing(&args.format)?
-    };
-    let Some(filename) = &args.filename else {
-        let format = program.format(args.format.format.as_deref().unwrap_or("raw"))?;
-        if wants_help(&args.options) {
-            program.list_options(format)?;
-            return Ok(0);
-        }
-        return Err(Error::invalid("the image to change is not named").into());
     };
     let node = program.open_node(filename, &how).await?;
     let format = program
         .control
         .read(|graph| graph.node(&node).map(|node| node.driver_type()))?;
-    if wants_help(&args.options) {
-        program.list_options(format)?;
-        return Ok(0);
-    }
-    let options = program.creation_options(format, &args.options)?;
+    let options = program.amend_options(format, &args.options)?;
     let progress = Progress::new(&program.output, args.progress && !args.quiet);
     program.control.amend(&node, options, args.force).await?;
     progress.finish();

@@ -318,14 +318,61 @@ impl Program {
         Ok(options)
     }
 
-    /// Prints what `-o` takes.
+    /// What several `-o` say an image is to become, each under its table's name: the last word counts.
+    ///
+    /// # Errors
+    ///
+    /// What is no option, or one of new images only.
+    pub(super) fn amend_options(
+        &self,
+        format: &DriverType,
+        texts: &[String],
+    ) -> Result<Options, Error> {
+        if format.amend_options.is_empty() {
+            return Err(not_amended(format));
+        }
+        let mut options = Options::default();
+        for text in texts {
+            for (key, value) in Options::parse(text, None)?.iter() {
+                if let Some(spec) = find(format.amend_options, key) {
+                    options.set_value(spec.name, value.clone());
+                    continue;
+                }
+                let why = match find(format.create_options, key) {
+                    Some(_) => "can be chosen only when an image is made",
+                    None => "is none that images have: '-o help' lists those there are",
+                };
+                return Err(Error::invalid(format!("option '{key}' {why}")));
+            }
+        }
+        Ok(options)
+    }
+
+    /// Prints what `-o` takes for new images.
     pub(super) fn list_options(&self, format: &DriverType) -> Result<(), Error> {
         self.say(format!("Supported {} options:", format.name))?;
         let mut specs: Vec<&OptionSpec> = format.create_options.iter().collect();
         let below = self.file_table().iter();
         specs.extend(below.filter(|spec| find(format.create_options, spec.name).is_none()));
+        self.list(specs, true)
+    }
+
+    /// Prints what `-o` takes for images that are to become others.
+    ///
+    /// # Errors
+    ///
+    /// [`blockcore::ErrorKind::Unsupported`] if those of the format cannot.
+    pub(super) fn list_amend_options(&self, format: &DriverType) -> Result<(), Error> {
+        if format.amend_options.is_empty() {
+            return Err(not_amended(format));
+        }
+        self.say(format!("Amend options for '{}':", format.name))?;
+        self.list(format.amend_options.iter().collect(), false)
+    }
+
+    fn list(&self, mut specs: Vec<&OptionSpec>, defaults: bool) -> Result<(), Error> {
         specs.retain(|spec| spec.name != "filename");
-        specs.sort_by_key(|spec| spec.name);
+        specs.sort_by_key(|spec| shown(spec.name));
         for spec in specs {
             let kind = match spec.kind {
                 OptionKind::Text => "str".to_owned(),
@@ -334,7 +381,8 @@ impl Program {
                 OptionKind::Choice(words) => words.join("|"),
             };
             let option = format!("{}=<{kind}>", shown(spec.name));
-            let default = match spec.default.filter(|text| !text.is_empty()) {
+            let default = spec.default.filter(|text| defaults && !text.is_empty());
+            let default = match default {
                 Some(default) => format!(" (default: {default})"),
                 None => String::new(),
             };
@@ -342,6 +390,13 @@ impl Program {
         }
         Ok(())
     }
+}
+
+fn not_amended(format: &DriverType) -> Error {
+    Error::unsupported(format!(
+        "images of format '{}' cannot be amended",
+        format.name
+    ))
 }
 
 /// A preallocation by its name.

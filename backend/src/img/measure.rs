@@ -29,7 +29,7 @@ pub struct MeasureArgs {
     /// A new image of this length in bytes
     #[arg(short, long, value_parser = parse_bytes)]
     pub size: Option<u64>,
-    /// The copy of this snapshot in the image
+    /// The copy of this snapshot in the image: its identifier or name, or snapshot.id=...,snapshot.name=...
     #[arg(short = 'l', long, value_name = "SNAPSHOT")]
     pub snapshot: Option<String>,
     /// How to print it
@@ -49,11 +49,8 @@ pub(super) async fn run(program: Rc<Program>, args: MeasureArgs) -> Result<u8, F
         return Ok(0);
     }
     let mut options = program.creation_options(format, &args.options)?;
-    if args.snapshot.is_some() {
-        return Err(Error::unsupported(
-            "this version of stonework cannot measure snapshots inside images",
-        )
-        .into());
+    if args.snapshot.is_some() && args.filename.is_none() {
+        return Err(Error::invalid("a snapshot (-l) is in an image, and none is named").into());
     }
     let measured = match (&args.filename, args.size) {
         (None, Some(bytes)) => {
@@ -66,11 +63,19 @@ pub(super) async fn run(program: Rc<Program>, args: MeasureArgs) -> Result<u8, F
                 force_share: args.force_share,
                 ..How::reading(&args.format, Probing::Allowed)?
             };
-            let image = program.open(filename, &how).await?;
+            let image = match &args.snapshot {
+                None => program.open(filename, &how).await?,
+                Some(snapshot) => program.open_snapshot(filename, &how, snapshot).await?,
+            };
             let bytes = image.bytes().next_multiple_of(SECTOR_BYTES);
             options.set("size", bytes.to_string());
             let node = image.look(|node| node.name().to_owned());
-            let measured = program.measure(format, options, Some(&node), bytes).await?;
+            let mut measured = program.measure(format, options, Some(&node), bytes).await?;
+            let specific = image.look(|node| node.io().info().specific);
+            if specific.contains(&("compat", "0.10".to_owned())) {
+                // No bitmaps were ever in it, and none are promised.
+                measured.bitmaps_bytes = None;
+            }
             image.close().await?;
             measured
         }

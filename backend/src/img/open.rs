@@ -3,7 +3,7 @@
 use std::os::unix::fs::FileTypeExt;
 use std::rc::Rc;
 
-use blockcore::driver::{DriverKind, DriverType, WriteFlags};
+use blockcore::driver::{DriverKind, DriverType, SnapshotInfo, SnapshotRef, WriteFlags};
 use blockcore::graph::permission::Permissions;
 use blockcore::graph::{Control, Node, NodeId, RootSpec};
 use blockcore::io::buffer::Segments;
@@ -15,6 +15,10 @@ use super::Program;
 use super::cli::FormatArgs;
 use super::walk::SECTOR_BYTES;
 use crate::cli::CacheMode;
+
+/// Options that show a snapshot inside of an image.
+const SNAPSHOT_ID: &str = "snapshot.id";
+const SNAPSHOT_NAME: &str = "snapshot.name";
 
 /// Whether an image's format may be found out from its first bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,6 +105,61 @@ impl Program {
     pub(super) async fn open(&self, name: &str, how: &How) -> Result<Image, Error> {
         let options = self.node_options(name, how).await?;
         self.open_options(name, options, how).await
+    }
+
+    /// Opens the image called `name` as it was when a snapshot inside of it was taken, for reading. `which`
+    /// is its identifier or its name, or says which as the options of the image's format do:
+    /// `snapshot.id=1,snapshot.name=day`.
+    ///
+    /// # Errors
+    ///
+    /// As [`open`](Self::open); [`ErrorKind::Unsupported`] if images of the format have no snapshots;
+    /// [`ErrorKind::NotFound`].
+    pub(super) async fn open_snapshot(
+        &self,
+        name: &str,
+        how: &How,
+        which: &str,
+    ) -> Result<Image, Error> {
+        let mut options = self.node_options(name, how).await?;
+        let kind = self.kind_of(&options)?;
+        if !kind.options.iter().any(|spec| spec.name == SNAPSHOT_ID) {
+            return Err(Error::unsupported(format!(
+                "images of format '{}' have no snapshots inside of them",
+                kind.name
+            )));
+        }
+        if which.starts_with("snapshot.") {
+            for (key, value) in Options::parse(which, None)?.iter() {
+                if key != SNAPSHOT_ID && key != SNAPSHOT_NAME {
+                    return Err(Error::invalid(format!(
+                        "a snapshot is named by '{SNAPSHOT_ID}' and '{SNAPSHOT_NAME}', and not by '{key}'"
+                    )));
+                }
+                options.set_value(key, value.clone());
+            }
+        } else {
+            let found = self.find_snapshot(options.clone(), which).await?;
+            options.set(SNAPSHOT_ID, found.id);
+        }
+        self.open_options(name, options, how).await
+    }
+
+    /// The snapshot with this identifier or name, in an image that is not open.
+    async fn find_snapshot(&self, options: Options, which: &str) -> Result<SnapshotInfo, Error> {
+        let node = options.get("node-name").unwrap_or("").to_owned();
+        self.control.add(options).await?;
+        let listed = self.control.snapshots(&node).await;
+        self.control.remove(&node).await?;
+        let mut snapshots = listed?;
+        let index = SnapshotRef::id_or_name(which, &snapshots).find(&snapshots);
+        match index {
+            Some(index) => Ok(snapshots.swap_remove(index)),
+            None => Err(Error::new(
+                ErrorKind::NotFound,
+                format!("there is no snapshot '{which}' in the image"),
+            )),
+        }
     }
 
     /// Opens the node of the image called `name` without using it: for what control does with a node that

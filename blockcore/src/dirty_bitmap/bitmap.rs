@@ -66,6 +66,19 @@ pub struct Status {
     pub inconsistent: bool,
 }
 
+/// A persistent bitmap as an image keeps it: what a driver has read of it, or is to store.
+#[derive(Clone)]
+pub struct KeptBitmap {
+    /// Its name, unique in the image.
+    pub name: String,
+    /// What it has marked, at its granularity; nothing of meaning if it is inconsistent.
+    pub bits: Arc<Bits>,
+    /// Whether it records.
+    pub enabled: bool,
+    /// Whether it was not stored when its image was last written to.
+    pub inconsistent: bool,
+}
+
 /// What a bitmap had marked before it was changed: gives the change back with
 /// [`DirtyBitmap::restore`], or forgets it when dropped.
 #[must_use = "dropping it gives up the way back"]
@@ -146,6 +159,47 @@ impl DirtyBitmap {
             inconsistent: false,
             user: None,
         })
+    }
+
+    /// A persistent bitmap that was kept in an image, which may be written to or not.
+    pub(super) fn from_kept(node: Arc<str>, kept: KeptBitmap, read_only: bool) -> Self {
+        Self {
+            node,
+            name: kept.name,
+            bits: kept.bits,
+            successor: None,
+            enabled: kept.enabled && !kept.inconsistent,
+            persistent: true,
+            read_only,
+            inconsistent: kept.inconsistent,
+            user: None,
+        }
+    }
+
+    /// What is to be kept of it. What was written while somebody has it frozen belongs to that.
+    pub(crate) fn kept(&self) -> KeptBitmap {
+        let bits = match &self.successor {
+            None => Arc::clone(&self.bits),
+            Some(successor) => {
+                let all = self.bits.copy();
+                all.merge(successor);
+                Arc::new(all)
+            }
+        };
+        KeptBitmap {
+            name: self.name.clone(),
+            bits,
+            enabled: self.enabled,
+            inconsistent: self.inconsistent,
+        }
+    }
+
+    /// Takes over what the image keeps by now. Who uses the bitmap goes on to use it.
+    pub(super) fn reload(&mut self, kept: KeptBitmap, read_only: bool) {
+        self.bits = kept.bits;
+        self.enabled = kept.enabled && !kept.inconsistent;
+        self.inconsistent = kept.inconsistent;
+        self.read_only = read_only;
     }
 
     /// Its name, unique on its node.

@@ -13,7 +13,10 @@
 //! A write is noted after its I/O has ended and before it completes to the caller, whether it succeeded
 //! or failed. Why nothing is lost then is told in [`bits`].
 //!
-//! Not here: how bitmaps are kept in an image, and copying of what is dirty.
+//! Persistent bitmaps are a driver's to keep in its image ([`Driver::store_bitmaps`](crate::driver::Driver::store_bitmaps));
+//! as [`KeptBitmap`]s they go there and come back.
+//!
+//! Not here: how an image keeps them, and copying of what is dirty.
 
 #[cfg(not(loom))]
 mod bitmap;
@@ -26,8 +29,8 @@ mod set;
 
 #[cfg(not(loom))]
 pub use self::bitmap::{
-    Backup, DirtyBitmap, MAX_GRANULARITY_BYTES, MAX_NAME_BYTES, MIN_GRANULARITY_BYTES, Operation,
-    Status, default_granularity_bytes,
+    Backup, DirtyBitmap, KeptBitmap, MAX_GRANULARITY_BYTES, MAX_NAME_BYTES, MIN_GRANULARITY_BYTES,
+    Operation, Status, default_granularity_bytes,
 };
 pub use self::bits::{Area, Bits};
 #[cfg(not(loom))]

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::bitmap::{DirtyBitmap, Operation, Status};
+use super::bitmap::{DirtyBitmap, KeptBitmap, Operation, Status};
 use super::bits::Bits;
 use crate::{Error, ErrorKind};
 
@@ -90,6 +90,64 @@ impl BitmapSet {
     pub fn remove(&mut self, name: &str) -> Result<DirtyBitmap, Error> {
         self.get(name)?.check(Operation::Remove)?;
         Ok(self.bitmaps.remove(name).expect("found just now"))
+    }
+
+    /// Makes the persistent ones those that the image keeps, over `length` bytes; a new recorder must
+    /// follow. What is in use stays, with what the image keeps of it. Other bitmaps get the length, too,
+    /// or, where they cannot, go.
+    ///
+    /// # Panics
+    ///
+    /// If one of the kept has another length.
+    pub(crate) fn load(&mut self, kept: Vec<KeptBitmap>, length: u64, read_only: bool) {
+        let mut kept: BTreeMap<_, _> = kept
+            .into_iter()
+            .map(|bitmap| (bitmap.name.clone(), bitmap))
+            .collect();
+        let lengths = |bitmap: &KeptBitmap| bitmap.bits.length() == length;
+        assert!(
+            kept.values().all(lengths),
+            "a kept bitmap is as long as its node"
+        );
+        self.length = length;
+        self.bitmaps.retain(|name, bitmap| match kept.remove(name) {
+            Some(kept) if bitmap.is_persistent() => {
+                bitmap.reload(kept, read_only);
+                true
+            }
+            Some(_) | None if bitmap.is_persistent() => false,
+            _ if bitmap.bits().length() == length => true,
+            _ => match bitmap.prepare_resize(length) {
+                Ok(bits) => {
+                    bitmap.resized(bits);
+                    true
+                }
+                Err(_) => false,
+            },
+        });
+        for (name, kept) in kept {
+            let bitmap = DirtyBitmap::from_kept(Arc::clone(&self.node), kept, read_only);
+            self.bitmaps.insert(name, bitmap);
+        }
+    }
+
+    /// The persistent ones, for the driver to store.
+    pub(crate) fn kept(&self) -> Vec<KeptBitmap> {
+        let persistent = self.iter().filter(|bitmap| bitmap.is_persistent());
+        persistent.map(DirtyBitmap::kept).collect()
+    }
+
+    /// Whether one is persistent.
+    pub fn has_persistent(&self) -> bool {
+        self.iter().any(DirtyBitmap::is_persistent)
+    }
+
+    /// Sets whether the image of the persistent ones may not be written to.
+    pub(crate) fn set_read_only(&mut self, read_only: bool) {
+        let bitmaps = self.bitmaps.values_mut();
+        for bitmap in bitmaps.filter(|bitmap| bitmap.is_persistent()) {
+            bitmap.set_read_only(read_only);
+        }
     }
 
     /// The bitmap called `name`.

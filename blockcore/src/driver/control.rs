@@ -14,6 +14,7 @@ use super::{
     CheckReport, DriverIo, DriverKind, Fix, Limits, OpenModes, Role, SnapshotInfo, SnapshotRef,
     SnapshotSpec,
 };
+use crate::dirty_bitmap::KeptBitmap;
 use crate::graph::NodeId;
 use crate::graph::permission::{self, Permissions};
 use crate::io::buffer::Segments;
@@ -173,8 +174,9 @@ pub trait Driver {
         refuse("have a backing image")
     }
 
-    /// The image is this process's again, after another had it: metadata is read anew. Permissions
-    /// and parents are the graph's affair.
+    /// The image is this process's again, after another had it. Permissions and parents are the graph's
+    /// affair; and so is it that a format's metadata is read anew: [`reopen_prepare`](Self::reopen_prepare)
+    /// follows, unless a change that was to hand the image over is given up. Nobody else had it then.
     ///
     /// # Errors
     ///
@@ -204,6 +206,72 @@ pub trait Driver {
     fn stop_writing(&mut self, root: Rc<Root>) -> LocalBoxFuture<'_, Result<(), Error>> {
         let _ = root;
         async { Ok(()) }.boxed_local()
+    }
+
+    /// The persistent dirty bitmaps that the image keeps, where the driver has read them since it was asked
+    /// last: by opening, by a reopen that was committed, or by being activated. `None`: those that there are
+    /// stay.
+    fn take_bitmaps(&mut self) -> Option<Vec<KeptBitmap>> {
+        None
+    }
+
+    /// Whether images of this driver can keep bitmaps: what follows is asked for only then, but for
+    /// [`check_new_bitmap`](Self::check_new_bitmap).
+    fn keeps_bitmaps(&self) -> bool {
+        false
+    }
+
+    /// Whether a new bitmap could be kept in the image beside those that are to be kept already.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Unsupported`] unless overridden; else why not: there are too many, the name or the
+    /// granularity is none that the format has.
+    fn check_new_bitmap(&self, kept: &[KeptBitmap], new: &KeptBitmap) -> Result<(), Error> {
+        let _ = (kept, new);
+        Err(Error::unsupported("images of this driver keep no bitmaps"))
+    }
+
+    /// The persistent bitmaps are going to differ from what the image keeps, since an operator or a job
+    /// changes them. From the return on the image says that what it keeps is not up to date. What guests
+    /// write is for the driver to notice by itself.
+    ///
+    /// # Errors
+    ///
+    /// What could not be written; nothing may be changed.
+    fn use_bitmaps(&mut self, root: Rc<Root>) -> LocalBoxFuture<'_, Result<(), Error>> {
+        let _ = root;
+        async { Ok(()) }.boxed_local()
+    }
+
+    /// Stores the persistent bitmaps of the node, before it is closed, stops writing or is made inactive:
+    /// with everything that was written, they are durable on return. One that the image keeps and that is
+    /// not among them stays as the image has it. The node may go on to be written to all the same.
+    ///
+    /// # Errors
+    ///
+    /// What could not be written. The image says that these bitmaps are not up to date.
+    fn store_bitmaps(
+        &mut self,
+        root: Rc<Root>,
+        bitmaps: Vec<KeptBitmap>,
+    ) -> LocalBoxFuture<'_, Result<(), Error>> {
+        let _ = (root, bitmaps);
+        async { Ok(()) }.boxed_local()
+    }
+
+    /// Removes a bitmap from those that the image keeps; one that it does not keep is no error.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Unsupported`] unless overridden; else what could not be written: it is there still.
+    fn remove_bitmap<'a>(
+        &'a mut self,
+        root: Rc<Root>,
+        name: &'a str,
+    ) -> LocalBoxFuture<'a, Result<(), Error>> {
+        let _ = (root, name);
+        refuse("keep bitmaps")
     }
 
     /// Whether everything of a freshly made image is guaranteed to read as zeroes. A filter is asked
@@ -337,7 +405,10 @@ pub trait Driver {
         Err(Error::unsupported("this driver cannot amend its images"))
     }
 
-    /// Amend, second of three: changes the image's own properties.
+    /// Amend, second of three: changes the image's own properties, as options of
+    /// [`DriverType::amend_options`](super::DriverType::amend_options) say. An option `size` is checked
+    /// here, and done by the core afterwards. Whether it succeeds or not, the image is read anew:
+    /// [`reopen_prepare`](Self::reopen_prepare) follows, as if the image had been inactive.
     ///
     /// # Errors
     ///
@@ -445,6 +516,8 @@ pub struct ReopenRequest {
     pub will_write: bool,
     /// The children after the change.
     pub children: Vec<Option<super::OpenChild>>,
+    /// The node as it is, which is drained and has been flushed; `None` if it does not write.
+    pub root: Option<Rc<Root>>,
 }
 
 /// What preparing a reopen gives.

@@ -197,7 +197,7 @@ pub use self::io::{
 };
 pub use self::limits::Limits;
 use crate::Error;
-use crate::dirty_bitmap::Bits;
+use crate::dirty_bitmap::{Bits, KeptBitmap};
 use crate::engine::OpenFile;
 use crate::io::{IoContext, Modes, Root};
 use crate::options::{OptionSpec, Options};
@@ -276,6 +276,8 @@ pub struct DriverType {
     pub create_on: Option<CreateOnFn>,
     /// What [`create`](Self::create) and [`create_on`](Self::create_on) take, children excepted.
     pub create_options: &'static [OptionSpec],
+    /// What [`Driver::amend`] takes; none if images cannot be amended.
+    pub amend_options: &'static [OptionSpec],
     /// How large an image becomes; `None` if the driver cannot tell.
     pub measure: Option<MeasureFn>,
 }
@@ -305,10 +307,20 @@ pub struct NewChild {
     /// How the image is to call it, where it has to: relative to the image's own place.
     pub name: String,
 }
+
 /// Works out how large an image becomes that is made with these creation options: empty, or with what can
 /// be read there. Without the latter, the options say how long the disk is.
 pub type MeasureFn =
-    fn(Options, Option<Rc<Root>>) -> LocalBoxFuture<'static, Result<Measured, Error>>;
+    fn(Options, Option<MeasureSource>) -> LocalBoxFuture<'static, Result<Measured, Error>>;
+
+/// What would be copied to an image that is measured.
+#[derive(Clone)]
+pub struct MeasureSource {
+    /// Reads it.
+    pub root: Rc<Root>,
+    /// The persistent bitmaps that its image keeps; `None` if images like that keep none.
+    pub bitmaps: Option<Vec<KeptBitmap>>,
+}
 
 impl DriverType {
     /// What a filter's author starts from: no options, and one child called `file`.
@@ -330,6 +342,7 @@ impl DriverType {
         create: None,
         create_on: None,
         create_options: &[],
+        amend_options: &[],
         measure: None,
     };
 

@@ -9,9 +9,9 @@ use std::collections::BTreeSet;
 use super::permission::Permissions;
 use super::{Change, Control, NodeId, Operation, RootSpec};
 use crate::drain::Scope;
-use crate::driver::{Preallocation, TruncateFlags};
+use crate::driver::{DriverKind, Preallocation, TruncateFlags};
 use crate::io::RequestKind;
-use crate::{Error, ErrorKind, IoError};
+use crate::{Error, ErrorKind, IoError, dirty_bitmap};
 
 impl Control {
     /// Hands the images of a node and of all below it to another process, or takes them back.
@@ -51,7 +51,9 @@ impl Control {
     ) -> Result<(), Error> {
         self.read(|graph| {
             let id = graph.node(node)?.id();
-            graph.check_operation(id, Operation::Resize)
+            graph.check_operation(id, Operation::Resize)?;
+            let mut bitmaps = graph.node(node)?.bitmaps().iter();
+            bitmaps.try_for_each(|bitmap| bitmap.check(dirty_bitmap::Operation::Resize))
         })?;
         let claim = self
             .add_root(
@@ -87,6 +89,8 @@ impl Control {
         let request = root.enter(RequestKind::Truncate, bytes, 0).await;
         let flags = TruncateFlags::ZERO;
         let truncated = request.truncate(bytes, true, preallocation, flags).await;
+        drop(request);
+        self.fit_drained_bitmaps(id);
         truncated.map_err(|error| {
             let kind = match error {
                 IoError::Unsupported => ErrorKind::Unsupported,
@@ -146,6 +150,9 @@ impl Change {
                     )
                 })?;
             }
+            if !modes.read_only {
+                self.store_bitmaps(id, &root).await?;
+            }
             let driver = self.driver_of(id);
             driver.take().inactivate(root).await?;
             let state = self.state_mut();
@@ -175,6 +182,10 @@ impl Change {
             let io = driver.take().activate(root).await?;
             if let Some(io) = io {
                 self.state_mut().replaced.insert(id, io);
+            }
+            // Another process may have written to it.
+            if self.state().shape.vertex(id).kind.kind == DriverKind::Format {
+                self.reread(id, None).await?;
             }
         }
         Ok(())

@@ -552,10 +552,18 @@ async fn abort(control: &Control, mut state: Box<State>) {
             })
         });
         let root = control.unused_root(plan);
-        let Some(node) = state.nodes.get(&id) else {
+        let Some(node) = state.nodes.get_mut(&id) else {
             continue;
         };
-        let closed = node.driver.take().close(root).await;
+        let modes = state
+            .shape
+            .contains(id)
+            .then(|| state.shape.vertex(id).modes);
+        let stored = match modes {
+            Some(modes) => node.store_bitmaps(modes, &root).await,
+            None => Ok(()),
+        };
+        let closed = stored.and(node.driver.take().close(root).await);
         if let Err(error) = closed {
             tracing::warn!(error = %error.report(), node = %node.name, "while closing again");
         }
@@ -665,8 +673,13 @@ impl Graph {
         }
         self.units = std::mem::take(&mut state.units);
         let resized = self.update_nodes();
+        let reloaded = self.update_bitmaps();
         let new_states = std::mem::take(&mut state.new_states);
         self.update_roots(std::mem::take(&mut state.new_roots), plans);
+        if reloaded {
+            // The plans were made for those that there were.
+            self.replan();
+        }
         for (id, recorded) in new_states {
             if let Some(root) = self.roots.get_mut(&id) {
                 root.state = Some(recorded);
@@ -805,7 +818,7 @@ async fn finish(control: Control, mut rest: Box<Rest>) -> Result<(), Error> {
             let known = rest.shape.contains(id);
             known.then(|| view.plan(id, Permissions::all(), &graph.view().tracked()))
         });
-        let Some(node) = rest.nodes.get(&id) else {
+        let Some(node) = rest.nodes.get_mut(&id) else {
             continue;
         };
         let Some(plan) = plan else { continue };
@@ -823,6 +836,7 @@ async fn finish(control: Control, mut rest: Box<Rest>) -> Result<(), Error> {
             });
             outcome = outcome.and(flushed);
         }
+        outcome = outcome.and(node.store_bitmaps(modes, &root).await);
         let closed = node.driver.take().close(root).await;
         outcome = outcome.and(closed);
         rest.nodes.remove(&id);

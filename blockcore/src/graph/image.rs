@@ -5,6 +5,7 @@
 //! drained. It claims what it needs like any user, so whoever does not share that is named; the claim
 //! ends with it.
 
+use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::rc::Rc;
 
@@ -13,9 +14,13 @@ use futures_util::future::LocalBoxFuture;
 
 use super::open::Inherited;
 use super::permission::Permissions;
+use super::reopen::Reopening;
 use super::{Change, Control, Graph, NodeId, Operation, RootSpec};
 use crate::drain::Scope;
-use crate::driver::{CheckReport, Driver, Fix, Measured, SnapshotInfo, SnapshotRef, SnapshotSpec};
+use crate::driver::{
+    CheckReport, Driver, Fix, MeasureSource, Measured, OpenModes, Preallocation, ReopenRequest,
+    SnapshotInfo, SnapshotRef, SnapshotSpec,
+};
 use crate::io::Root;
 use crate::io::buffer::Segments;
 use crate::options::Options;
@@ -270,7 +275,13 @@ impl Control {
         };
         let root = self.add_root(node, spec).await?;
         let measured = match self.root_here(root) {
-            Ok(root) => measure(options, Some(root)).await,
+            Ok(root) => {
+                let bitmaps = self.read(|graph| {
+                    let node = graph.node(node).ok()?;
+                    graph.keeps_bitmaps(node.id()).then(|| node.bitmaps.kept())
+                });
+                measure(options, Some(MeasureSource { root, bitmaps })).await
+            }
             Err(error) => Err(error),
         };
         let released = self.remove_root(root).await;
@@ -278,7 +289,8 @@ impl Control {
     }
 
     /// Changes properties of a node's image itself. `force` allows what may lose data, such as the last
-    /// key.
+    /// key. An option `size`, if the driver takes it, is changed last, as [`resize`](Self::resize) does;
+    /// what is past the new end is lost, so a disk gets shorter only with `force`.
     ///
     /// # Errors
     ///
@@ -287,11 +299,21 @@ impl Control {
     /// share what it needs; else what could not be written.
     pub async fn amend(&self, node: &str, options: Options, force: bool) -> Result<(), Error> {
         let mut change = self.begin().await;
+        let new_bytes = options.get("size").map(str::to_owned);
         let amended = match change.find(node) {
             Ok(id) => change.amend(id, options, force).await,
             Err(error) => Err(error),
         };
-        change.end(amended).await
+        change.end(amended).await?;
+        // Checked by the driver, which takes it.
+        let new_bytes = new_bytes.and_then(|text| crate::options::parse_size(&text));
+        let Some(bytes) = new_bytes else {
+            return Ok(());
+        };
+        if self.read(|graph| graph.node(node).map(super::Node::bytes))? == bytes {
+            return Ok(());
+        }
+        self.resize(node, bytes, Preallocation::Off).await
     }
 
     async fn with_snapshots<T: 'static>(
@@ -364,10 +386,70 @@ impl Change {
             .take()
             .amend_begin(&options)
             .map_err(|error| self.cannot("amend", id, &error))?;
-        let work: Work<()> = Box::new(move |driver, root| driver.amend(root, options, force));
+        let (control, begun) = (self.control().clone(), Rc::new(Cell::new(false)));
+        let has_begun = Rc::clone(&begun);
+        let work: Work<()> = Box::new(move |driver, root| {
+            async move {
+                // They are read anew with the image.
+                let node = root.node();
+                let kept = |graph: &Graph| graph.nodes[&node].bitmaps.kept();
+                let kept = control.read(kept);
+                if !kept.is_empty() {
+                    driver.store_bitmaps(Rc::clone(&root), kept).await?;
+                }
+                begun.set(true);
+                driver.amend(root, options, force).await
+            }
+            .boxed_local()
+        });
         let amended = self.claimed(id, Claim::changing("amend"), work).await;
         driver.take().amend_end();
-        amended
+        if !has_begun.get() {
+            // It may not even be drained, nor are its bitmaps stored.
+            return amended;
+        }
+        // Also after a failure: some of it may have been done.
+        let root = self.temporary_root(id, Permissions::all());
+        let reread = self.reread(id, Some(root)).await;
+        amended.and(reread)
+    }
+
+    /// Has a node's driver read its image anew, which has changed below it: a reopen with the options that
+    /// there are, by which nothing of before is kept.
+    pub(super) async fn reread(&mut self, id: NodeId, root: Option<Rc<Root>>) -> Result<(), Error> {
+        let vertex = self.state().shape.vertex(id);
+        let (kind, modes, node_name) = (vertex.kind, vertex.modes, vertex.name.to_string());
+        let (driver, options) = self.control().read(|graph| {
+            let node = self.state().node(graph, id);
+            let node = node.expect("every vertex of a shape has a node");
+            (node.driver.clone(), node.options.clone())
+        });
+        let request = ReopenRequest {
+            context: Rc::clone(self.control().context()),
+            node_name,
+            table: kind.options,
+            before: options.clone(),
+            options: options.clone(),
+            modes_before: OpenModes {
+                inactive: true,
+                ..modes
+            },
+            modes,
+            will_write: !modes.read_only,
+            children: self.open_children_of(id),
+            root,
+        };
+        let prepared = driver.take().reopen_prepare(request).await?;
+        let state = self.state_mut();
+        state.reopened.push(Reopening {
+            id,
+            driver,
+            options,
+        });
+        if let Some(io) = prepared.io {
+            state.replaced.insert(id, io);
+        }
+        Ok(())
     }
 
     /// Does something to the image of a node that is drained and claimed for it.

@@ -175,6 +175,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 
+pub use self::bitmaps::BitmapSpec;
 pub use self::blockers::{BlockerId, Operation};
 pub use self::change::{Change, Closing, Prepared};
 use self::compile::View;

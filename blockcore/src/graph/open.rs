@@ -505,7 +505,7 @@ impl Change {
         file: Option<Arc<OpenFile>>,
     ) -> Result<(), Error> {
         let name = Arc::clone(&self.state().shape.vertex(id).name);
-        let opened = (kind.open)(OpenRequest {
+        let mut opened = (kind.open)(OpenRequest {
             context: Rc::clone(self.control().context()),
             node_name: name.to_string(),
             options: options.clone(),
@@ -518,6 +518,7 @@ impl Change {
         })
         .await?;
         let notices = Arc::clone(&self.control().notices);
+        let kept = opened.driver.take_bitmaps();
         let node = Node {
             id,
             kind,
@@ -544,7 +545,11 @@ impl Change {
         let node = self.state_mut().nodes.get_mut(&id);
         let node = node.expect("just opened");
         node.limits = limits;
-        node.bitmaps = BitmapSet::new(name, node.state.bytes());
+        let bytes = node.state.bytes();
+        node.bitmaps = BitmapSet::new(name, bytes);
+        let read_only = modes.read_only || modes.inactive;
+        node.bitmaps
+            .load(kept.unwrap_or_default(), bytes, read_only);
         Ok(())
     }
 }

@@ -13,7 +13,7 @@ use super::{Change, Control, NodeId};
 use crate::Error;
 use crate::drain::Scope;
 use crate::driver::{ReopenRequest, Role};
-use crate::io::RequestKind;
+use crate::io::{RequestKind, Root};
 use crate::options::{ChildOption, Options};
 
 /// A node whose driver has prepared to be reopened.
@@ -76,8 +76,8 @@ impl Change {
             )));
         }
         self.drain(Scope::Subtrees(nodes)).await;
-        for entry in &queue {
-            self.flush_before(entry).await?;
+        for entry in &mut queue {
+            entry.root = self.flush_before(entry).await?;
         }
         for entry in &queue {
             self.state_mut().shape.vertex_mut(entry.node).modes = entry.modes;
@@ -116,6 +116,7 @@ impl Change {
             options: Options::default(),
             before: vertex.modes,
             modes,
+            root: None,
         });
         for (index, spec) in vertex.kind.children.iter().enumerate() {
             let given = options.take_child(spec.name)?;
@@ -209,10 +210,10 @@ impl Change {
         self.set_child(node, spec.name, wanted)
     }
 
-    /// A node that will not be written to any more keeps nothing back.
-    async fn flush_before(&mut self, entry: &Entry) -> Result<(), Error> {
+    /// A node that will not be written to any more keeps nothing back. Gives a root at a node that writes.
+    async fn flush_before(&mut self, entry: &Entry) -> Result<Option<Rc<Root>>, Error> {
         if entry.before.read_only || entry.before.inactive {
-            return Ok(());
+            return Ok(None);
         }
         // Through the children that it has had until now.
         let everything = super::permission::Permissions::all();
@@ -240,16 +241,16 @@ impl Change {
         }
         drop(request);
         if !entry.modes.read_only && !entry.modes.inactive {
-            return Ok(());
+            if still_good.is_ok() {
+                // The driver may read them anew.
+                self.store_bitmaps(entry.node, &root).await?;
+            }
+            return Ok(Some(root));
         }
-        let driver = self.control().read(|graph| {
-            let node = graph.node_by_id(entry.node);
-            let node = node.or_else(|| self.state().nodes.get(&entry.node));
-            node.expect("every vertex of a shape has a node")
-                .driver
-                .clone()
-        });
-        driver.take().stop_writing(root).await
+        self.store_bitmaps(entry.node, &root).await?;
+        let driver = self.driver_of(entry.node);
+        driver.take().stop_writing(Rc::clone(&root)).await?;
+        Ok(Some(root))
     }
 
     async fn reopen_driver(&mut self, entry: Entry) -> Result<(), Error> {
@@ -294,6 +295,7 @@ impl Change {
             modes: entry.modes,
             will_write,
             children: self.open_children_of(id),
+            root: entry.root,
         };
         let prepared = driver.take().reopen_prepare(request).await?;
         let state = self.state_mut();
@@ -316,4 +318,6 @@ struct Entry {
     options: Options,
     before: crate::driver::OpenModes,
     modes: crate::driver::OpenModes,
+    /// The node as it is, if it writes.
+    root: Option<Rc<Root>>,
 }

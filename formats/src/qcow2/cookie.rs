@@ -4,30 +4,22 @@
 //! since: another program that writes clears the bit, which it does not know. A crash segment is adopted by
 //! the opening whose cookie it has.
 //!
-//! An image that was not made here has no room for one. It is made in steps, each of which leaves a header
-//! that says the same as before, whenever the power goes.
+//! An image that was not made here has no room for one. It is made in steps ([`room`]).
 
 use super::layout::bytes::{u32_at, u64_at};
 use super::layout::header::{Features, field};
+use super::layout::room::{self, HEAD_BYTES, Step};
 
 /// "StNW": the type of the header extension that has it.
 const TYPE: u32 = 0x5374_4e57;
 /// Bytes of its data: the cookie, and as much that is zero.
 const DATA_BYTES: usize = 32;
-/// Bytes of an extension's type and length, and of the mark at the end of them all.
-const HEAD_BYTES: usize = 8;
-/// Fields of the header.
-const BACKING_OFFSET: usize = 8;
-const BACKING_BYTES: usize = 16;
+/// Where in the header the autoclear features are.
 const AUTOCLEAR: usize = field::AUTOCLEAR as usize;
-const HEADER_BYTES: usize = field::HEADER_BYTES as usize;
-
-/// Bytes to write at an offset of the image, durably, before the next.
-pub(super) type Step = (u64, Vec<u8>);
 
 /// The cookie that there is in a header's cluster, version 3.
 pub(super) fn find(cluster: &[u8]) -> Option<u64> {
-    let at = find_extension(cluster, TYPE)?;
+    let at = room::find(cluster, TYPE)?;
     (u32_at(cluster, at + 4) as usize == DATA_BYTES).then(|| u64_at(cluster, at + HEAD_BYTES))
 }
 
@@ -38,68 +30,22 @@ pub(super) fn is_vouched_for(cluster: &[u8]) -> bool {
 
 /// What makes `cookie` the header's, in order; `None` if the header has no room for one.
 pub(super) fn steps(cluster: &[u8], cookie: u64) -> Option<Vec<Step>> {
-    if find(cluster).is_some() {
-        let at = find_extension(cluster, TYPE)? + HEAD_BYTES;
-        return Some(vec![(at as u64, cookie.to_be_bytes().to_vec())]);
-    }
-    let mut steps = Vec::new();
-    let end = find_extension(cluster, 0)?;
-    let needed = end + HEAD_BYTES + DATA_BYTES + HEAD_BYTES;
-    let backing = u64_at(cluster, BACKING_OFFSET) as usize;
-    let bytes = u32_at(cluster, BACKING_BYTES) as usize;
-    let limit = match backing {
-        0 => cluster.len(),
-        offset => offset,
-    };
-    if needed > limit {
-        if backing == 0 {
-            return None;
-        }
-        // The name moves behind itself, so that it can be read at both places in between.
-        let place = needed.max(backing + bytes).next_multiple_of(8);
-        let name = cluster.get(backing..backing + bytes)?;
-        if place + bytes > cluster.len() {
-            return None;
-        }
-        steps.push((place as u64, name.to_vec()));
-        let offset = (place as u64).to_be_bytes();
-        steps.push((BACKING_OFFSET as u64, offset.to_vec()));
-    }
-    // Behind the end's mark nobody looks.
     let mut data = cookie.to_be_bytes().to_vec();
-    data.resize(DATA_BYTES + HEAD_BYTES, 0);
-    steps.push(((end + HEAD_BYTES) as u64, data));
-    let mut head = TYPE.to_be_bytes().to_vec();
-    head.extend((DATA_BYTES as u32).to_be_bytes());
-    steps.push((end as u64, head));
-    Some(steps)
-}
-
-/// Where an extension begins; 0 stands for the end of them all.
-fn find_extension(cluster: &[u8], wanted: u32) -> Option<usize> {
-    let mut at = u32_at(cluster, HEADER_BYTES) as usize;
-    let limit = match u64_at(cluster, BACKING_OFFSET) as usize {
-        0 => cluster.len(),
-        offset => offset.min(cluster.len()),
-    };
-    while at + HEAD_BYTES <= limit {
-        let kind = u32_at(cluster, at);
-        if kind == wanted {
-            return Some(at);
-        }
-        if kind == 0 {
-            return None;
-        }
-        let bytes = u32_at(cluster, at + 4) as usize;
-        at += HEAD_BYTES + bytes.next_multiple_of(8);
+    if let Some(at) = room::find(cluster, TYPE)
+        && find(cluster).is_some()
+    {
+        return Some(vec![((at + HEAD_BYTES) as u64, data)]);
     }
-    None
+    data.resize(DATA_BYTES, 0);
+    room::add(cluster, TYPE, &data)
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::layout::header::{Header, Purpose};
     use super::*;
+
+    const HEADER_BYTES: usize = 100;
 
     fn header(backing: Option<&str>, unknown_bytes: usize) -> Vec<u8> {
         let mut bytes = vec![0; 4096];

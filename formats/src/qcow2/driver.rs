@@ -6,17 +6,20 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use blockcore::dirty_bitmap::KeptBitmap;
 use blockcore::driver::{
-    Activation, BackingName, Driver, Limits, OpenModes, ReopenRequest, Reopened, Role,
-    SnapshotInfo, SnapshotRef, SnapshotSpec, WriteFlags,
+    BackingName, Driver, Limits, OpenModes, ReopenRequest, Reopened, Role, SnapshotInfo,
+    SnapshotRef, SnapshotSpec,
 };
 use blockcore::engine::HostCall;
 use blockcore::io::buffer::Segments;
 use blockcore::io::{Io, RequestKind, Root};
+use blockcore::options::Options;
 use blockcore::{Error, ErrorKind, IoError};
 use futures_util::FutureExt;
 use futures_util::future::LocalBoxFuture;
 
+use super::head::Switch;
 use super::image::{DATA_FILE, FILE, Image, RunOptions, write_bytes};
 use super::io::Qcow2Io;
 use super::layout::HostOffset;
@@ -28,24 +31,42 @@ use super::open::{Source, open_image, run_options};
 pub(super) struct Qcow2Driver {
     image: Arc<Image>,
     runtime_directory: Option<PathBuf>,
+    /// What was read of bitmaps, until the graph asks for it.
+    loaded: Option<Vec<KeptBitmap>>,
     /// What a reopen has prepared.
     prepared: RefCell<Option<Prepared>>,
+    /// The image's file has been changed otherwise than what is in memory, which is to be read anew and
+    /// must not be written back.
+    is_stale: bool,
 }
 
 /// What a reopen will have changed.
 enum Prepared {
     /// Another image: this one was read-only.
-    Image(Arc<Image>),
+    Image(Arc<Image>, Vec<KeptBitmap>),
     /// What the image goes by.
     Options(RunOptions),
 }
 
 impl Qcow2Driver {
-    pub(super) fn new(image: &Arc<Image>, runtime_directory: Option<PathBuf>) -> Self {
+    pub(super) fn new(
+        image: &Arc<Image>,
+        bitmaps: Vec<KeptBitmap>,
+        runtime_directory: Option<PathBuf>,
+    ) -> Self {
         Self {
             image: Arc::clone(image),
             runtime_directory,
+            loaded: Some(bitmaps),
             prepared: RefCell::new(None),
+            is_stale: false,
+        }
+    }
+
+    /// Does no more with an image that could not be read anew when it had to be.
+    fn give_up_stale(&self) {
+        if self.is_stale {
+            self.image.gate.break_off();
         }
     }
 
@@ -93,32 +114,44 @@ impl Driver for Qcow2Driver {
             let writes = |modes: OpenModes| !modes.read_only && !modes.inactive;
             let (wrote, will_write) = (writes(request.modes_before), writes(request.modes));
             let changed = request.changed();
-            if wrote {
-                let in_place = |name: &String| name.contains("discard") || name == "lazy-refcounts";
-                if let Some(name) = changed.iter().find(|name| !in_place(name)) {
-                    return Err(Error::unsupported(format!(
-                        "cannot change the option '{name}' of node '{}' while its image is open for writing",
-                        request.node_name
-                    )));
-                }
+            let in_place = |name: &String| {
+                let options = ["discard", "lazy-refcounts", "overlap-check"];
+                options.iter().any(|option| name.contains(option))
+            };
+            if wrote && changed.iter().all(in_place) {
                 let header = self.image.header().clone();
                 let options =
                     run_options(&request.options, request.modes, &header, &request.node_name)?;
                 *self.prepared.borrow_mut() = Some(Prepared::Options(options));
                 return Ok(Reopened::default());
             }
+            if let Some(root) = request.root.as_ref().filter(|_| !self.is_stale) {
+                // Nothing of it is kept back then. It stays of use if this is given up: what it writes from
+                // here on is durable before it completes.
+                self.finish(root).await?;
+            }
             if !will_write && changed.is_empty() {
                 return Ok(Reopened::default());
             }
-            // Nothing of it is kept back: it is read anew.
+            // It is read anew.
+            if self.is_stale && self.image.gate.is_broken() {
+                return Err(Error::new(
+                    ErrorKind::Io,
+                    format!(
+                        "the image of node '{}' could not be written",
+                        request.node_name
+                    ),
+                ));
+            }
             let file = request.children[0].as_ref().expect("not optional");
             let source = Source {
                 node: request.node_name.clone(),
                 root: Rc::clone(&file.root),
                 runtime_directory: self.runtime_directory.clone(),
             };
-            let image = open_image(&source, &request.options, request.modes).await?;
-            *self.prepared.borrow_mut() = Some(Prepared::Image(Arc::clone(&image)));
+            let opened = open_image(&source, &request.options, request.modes).await;
+            let (image, bitmaps) = opened.inspect_err(|_| self.give_up_stale())?;
+            *self.prepared.borrow_mut() = Some(Prepared::Image(Arc::clone(&image), bitmaps));
             Ok(Reopened {
                 io: Some(Arc::new(Qcow2Io(image))),
             })
@@ -128,7 +161,11 @@ impl Driver for Qcow2Driver {
 
     fn reopen_commit(&mut self) {
         match self.prepared.take() {
-            Some(Prepared::Image(image)) => self.image = image,
+            Some(Prepared::Image(image, bitmaps)) => {
+                self.image = image;
+                self.loaded = Some(bitmaps);
+                self.is_stale = false;
+            }
             Some(Prepared::Options(options)) => self.image.set_options(options),
             None => {}
         }
@@ -136,6 +173,7 @@ impl Driver for Qcow2Driver {
 
     fn reopen_abort(&mut self) {
         self.prepared.take();
+        self.give_up_stale();
     }
 
     fn stop_writing(&mut self, root: Rc<Root>) -> LocalBoxFuture<'_, Result<(), Error>> {
@@ -144,11 +182,6 @@ impl Driver for Qcow2Driver {
 
     fn inactivate(&mut self, root: Rc<Root>) -> LocalBoxFuture<'_, Result<(), Error>> {
         async move { self.finish(&root).await }.boxed_local()
-    }
-
-    fn activate(&mut self, root: Rc<Root>) -> LocalBoxFuture<'_, Activation> {
-        let _ = root;
-        async { Err(Error::unsupported("qcow2 images cannot be activated yet")) }.boxed_local()
     }
 
     fn backing(&self) -> Option<BackingName> {
@@ -207,11 +240,60 @@ impl Driver for Qcow2Driver {
             }
             header.extensions.backing_format = backing.as_ref().and_then(|new| new.format.clone());
             header.backing = backing.map(|new| new.name);
-            let bytes = header.serialise()?;
-            let written = write_stable(io, &bytes).await;
+            let old = self.image.header().clone();
+            let switch = Switch::prepare(io, &old, &header).await?;
+            let flushed = io.child(FILE).flush().await;
+            flushed.map_err(|error| failed(io.name(), "flush", error))?;
+            let written = switch.run(io).await;
             written.map_err(|error| failed(io.name(), "write the header of", error))?;
             *self.image.header() = header;
             Ok(())
+        }
+        .boxed_local()
+    }
+
+    fn take_bitmaps(&mut self) -> Option<Vec<KeptBitmap>> {
+        self.loaded.take()
+    }
+
+    fn keeps_bitmaps(&self) -> bool {
+        true
+    }
+
+    fn check_new_bitmap(&self, kept: &[KeptBitmap], new: &KeptBitmap) -> Result<(), Error> {
+        self.image.check_new_bitmap(kept, new)
+    }
+
+    fn use_bitmaps(&mut self, root: Rc<Root>) -> LocalBoxFuture<'_, Result<(), Error>> {
+        async move {
+            let request = root.enter(RequestKind::Write, 0, 0).await;
+            let io = request.io();
+            let used = self.image.use_bitmaps(io).await;
+            used.map_err(|error| failed(io.name(), "say that bitmaps are out of date in", error))
+        }
+        .boxed_local()
+    }
+
+    fn store_bitmaps(
+        &mut self,
+        root: Rc<Root>,
+        bitmaps: Vec<KeptBitmap>,
+    ) -> LocalBoxFuture<'_, Result<(), Error>> {
+        async move {
+            let request = root.enter(RequestKind::Write, 0, 0).await;
+            self.image.store_bitmaps(request.io(), bitmaps).await
+        }
+        .boxed_local()
+    }
+
+    fn remove_bitmap<'a>(
+        &'a mut self,
+        root: Rc<Root>,
+        name: &'a str,
+    ) -> LocalBoxFuture<'a, Result<(), Error>> {
+        async move {
+            let request = root.enter(RequestKind::Write, 0, 0).await;
+            self.image.remove_bitmap(request.io(), name).await
         }
         .boxed_local()
     }
@@ -264,6 +346,25 @@ impl Driver for Qcow2Driver {
         .boxed_local()
     }
 
+    fn amend_begin(&mut self, _options: &Options) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn amend(
+        &mut self,
+        root: Rc<Root>,
+        options: Options,
+        force: bool,
+    ) -> LocalBoxFuture<'_, Result<(), Error>> {
+        async move {
+            let request = root.enter(RequestKind::Write, 0, 0).await;
+            let amended = self.image.amend(request.io(), &options, force).await;
+            self.is_stale = matches!(amended, Ok(true)) || self.image.gate.is_broken();
+            amended.map(drop)
+        }
+        .boxed_local()
+    }
+
     fn save_vm_state(
         &mut self,
         root: Rc<Root>,
@@ -311,14 +412,6 @@ impl Driver for Qcow2Driver {
     }
 }
 
-/// Writes the image's first bytes, durably. What stands behind them was durable before.
-async fn write_stable(io: Io<'_>, bytes: &[u8]) -> Result<(), IoError> {
-    io.child(FILE).flush().await?;
-    let from = Segments::allocate(bytes.len(), 4096);
-    from.copy_from(bytes);
-    io.child(FILE).write(0, from, WriteFlags::STABLE).await
-}
-
 impl Image {
     /// Writes everything back, and leaves nothing counted that nothing refers to. No request is under way.
     pub(super) async fn finish(&self, io: Io<'_>) -> Result<(), IoError> {
@@ -335,7 +428,7 @@ impl Image {
 
     /// Everything is in the image: nothing needs to outlive this process. What is written all the same is
     /// made durable before it completes.
-    async fn leave_segment(&self, io: Io<'_>) -> Result<(), IoError> {
+    pub(super) async fn leave_segment(&self, io: Io<'_>) -> Result<(), IoError> {
         let Some(segment) = &self.segment else {
             return Ok(());
         };

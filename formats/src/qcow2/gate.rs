@@ -4,6 +4,7 @@
 //! 0, which sends every request to where all is looked at:
 //!
 //! * for all requests, where entries are extended, and once the image is broken;
+//! * for writes, while a bitmap in the image claims to be up to date (`bitmaps`);
 //! * for writes, while what maps a cluster may be in this process's memory only although what completes is
 //!   to outlive it. The limit is 0 before such an entry can be seen, and so is asked for after the entry.
 //!

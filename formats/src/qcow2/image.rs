@@ -4,7 +4,8 @@
 //! `refcount`, `limbo`), writes and zeroes (`write`, `zero`), and what goes to the image's file in which
 //! order (`committer`).
 //!
-//! **Who waits for whom.** A request that changes what guest clusters map to has a turn for these clusters
+//! **Who waits for whom.** The first request after bitmaps were stored says that they are out of date, under
+//! a turn of its own and before it has any other (`bitmaps`). A request that changes what guest clusters map to has a turn for these clusters
 //! (`turns`), then, to make or copy an L2 table, one for that table (`tables`), or, to find room for
 //! compressed data, the one turn for that (`packing`), which who gives clusters back has, too; then, to find
 //! free clusters, the one turn for that (`reserving`); loads of metadata have turns of their own (`loads`), last.
@@ -22,6 +23,7 @@ use blockcore::io::buffer::Segments;
 use blockcore::io::tracked::Tracker;
 
 use super::alloc::Pools;
+use super::bitmaps::Bitmaps;
 use super::cache::SliceCache;
 use super::compress::Tail;
 use super::gate::Gate;
@@ -56,6 +58,8 @@ pub(super) struct Image {
     pub(super) header: Mutex<Header>,
     pub(super) l1: Mutex<L1>,
     pub(super) snapshots: Mutex<Snapshots>,
+    /// Persistent bitmaps, as the image keeps them.
+    pub(super) bitmaps: Bitmaps,
     pub(super) cache: SliceCache,
     /// Binary logarithm of a slice's entries.
     pub(super) slice_bits: u32,
@@ -136,7 +140,7 @@ impl Image {
 
     /// The disk has another length.
     pub(super) fn set_bytes(&self, bytes: u64) {
-        self.gate.set_bytes(bytes, || self.keeps_entries());
+        self.gate.set_bytes(bytes, || self.allows_plain_writes());
     }
 
     /// Whether what maps a cluster is where it outlives this process, or does not have to be.
@@ -145,9 +149,15 @@ impl Image {
         !self.must_outlive || segment.is_some_and(|segment| segment.is_open())
     }
 
-    /// Lets writes go in place without another look, if entries are kept from now on.
+    /// Whether writes may go in place without another look: entries are kept, and no bitmap claims to be up
+    /// to date that would not be afterwards.
+    fn allows_plain_writes(&self) -> bool {
+        self.keeps_entries() && self.bitmaps.are_in_use()
+    }
+
+    /// Lets writes go in place without another look, or not, as things are now.
     pub(super) fn allow_plain_writes(&self) {
-        self.gate.allow_writes(|| self.keeps_entries());
+        self.gate.allow_writes(|| self.allows_plain_writes());
     }
 
     pub(super) fn l1(&self) -> MutexGuard<'_, L1> {

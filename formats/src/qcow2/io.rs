@@ -45,11 +45,19 @@ impl DriverIo for Qcow2Io {
         from: Segments,
         _flags: WriteFlags,
     ) -> IoFuture<'a> {
-        self.0.write(io, offset, from).boxed_local()
+        async move {
+            self.0.use_bitmaps(io).await?;
+            self.0.write(io, offset, from).await
+        }
+        .boxed_local()
     }
 
     fn write_compressed<'a>(&'a self, io: Io<'a>, offset: u64, from: Segments) -> IoFuture<'a> {
-        self.0.write_compressed(io, offset, from).boxed_local()
+        async move {
+            self.0.use_bitmaps(io).await?;
+            self.0.write_compressed(io, offset, from).await
+        }
+        .boxed_local()
     }
 
     fn can_compress(&self) -> bool {
@@ -63,11 +71,19 @@ impl DriverIo for Qcow2Io {
         bytes: u64,
         flags: ZeroFlags,
     ) -> IoFuture<'a> {
-        self.0.write_zeroes(io, offset, bytes, flags).boxed_local()
+        async move {
+            self.0.use_bitmaps(io).await?;
+            self.0.write_zeroes(io, offset, bytes, flags).await
+        }
+        .boxed_local()
     }
 
     fn discard<'a>(&'a self, io: Io<'a>, offset: u64, bytes: u64) -> IoFuture<'a> {
-        self.0.discard(io, offset, bytes).boxed_local()
+        async move {
+            self.0.use_bitmaps(io).await?;
+            self.0.discard(io, offset, bytes).await
+        }
+        .boxed_local()
     }
 
     fn flush_all<'a>(&'a self, io: Io<'a>) -> Option<IoFuture<'a>> {
@@ -93,10 +109,11 @@ impl DriverIo for Qcow2Io {
         flags: TruncateFlags,
     ) -> IoFuture<'a> {
         async move {
-            match bytes % 512 {
-                0 => self.0.resize(io, bytes, preallocation, flags).await,
-                _ => Err(IoError::OutOfRange),
+            if !bytes.is_multiple_of(512) {
+                return Err(IoError::OutOfRange);
             }
+            self.0.resize_bitmaps(io).await?;
+            self.0.resize(io, bytes, preallocation, flags).await
         }
         .boxed_local()
     }
@@ -120,6 +137,9 @@ impl DriverIo for Qcow2Io {
         if header.version >= 3 {
             let lazy = set(features.compatible, Features::LAZY_REFCOUNTS);
             specific.push(("lazy-refcounts", lazy));
+        }
+        if let Some(bitmaps) = self.0.bitmaps.describe() {
+            specific.push(("bitmaps", bitmaps));
         }
         specific.push(("refcount-bits", (1 << header.refcount_order).to_string()));
         if header.version >= 3 {

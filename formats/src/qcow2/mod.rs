@@ -13,11 +13,15 @@
 //! | writing metadata back | `committer` |
 //! | what completed survives a kill | `segment`, `replay`, `adopt`, `cookie` |
 //! | making images | `create/` |
+//! | making them others: version, width of counts, features | `amend/`, `head` |
 //! | checking and repairing them | `check/` |
+//! | dirty bitmaps that are kept in them | `bitmaps/` |
 //! | snapshots inside of them, and a machine's state | `snapshot/`, `vm_state` |
 
 mod adopt;
 mod alloc;
+mod amend;
+mod bitmaps;
 mod cache;
 pub mod check;
 mod committer;
@@ -26,6 +30,7 @@ mod cookie;
 pub mod create;
 mod driver;
 mod gate;
+mod head;
 mod image;
 mod io;
 mod layout;
@@ -79,6 +84,8 @@ pub static QCOW2: DriverType = DriverType {
     create: Some(|context, options| create::create(context, options).boxed_local()),
     create_on: Some(|children, options| make(children, options).boxed_local()),
     create_options: create::CREATE_OPTIONS,
+    amend_options: amend::AMEND_OPTIONS,
+    measure: Some(|options, source| create::measure(options, source).boxed_local()),
     ..DriverType::FORMAT
 };
 
@@ -110,6 +117,24 @@ const fn switch(name: &'static str, default: &'static str, help: &'static str) -
         changes_data: false,
         help,
     }
+}
+
+/// How much is checked before metadata is written.
+const OVERLAP_CHECKS: OptionKind = OptionKind::Choice(&["none", "constant", "cached", "all"]);
+
+const fn overlap_template(name: &'static str, help: &'static str) -> OptionSpec {
+    OptionSpec {
+        kind: OVERLAP_CHECKS,
+        ..switch(name, "", help)
+    }
+}
+
+const fn overlap_check(name: &'static str) -> OptionSpec {
+    switch(
+        name,
+        "",
+        "taken as QEMU has it; such clusters are never written over, whatever it says",
+    )
 }
 
 const fn text(name: &'static str, help: &'static str) -> OptionSpec {
@@ -155,13 +180,30 @@ pub(crate) const OPTIONS: &[OptionSpec] = &[
     size(
         "cache-clean-interval",
         "600",
-        "seconds after which unused metadata is dropped from memory; 0 for never",
+        "taken as QEMU has it; what is kept stays within the sizes above, and is not dropped earlier",
     ),
     switch(
         "lazy-refcounts",
-        "off",
+        "",
         "refcounts may be written later; they are written with the entries that need them all the same",
     ),
+    overlap_template(
+        "overlap-check",
+        "what is checked before metadata is written: none, constant, cached or all; all is, whatever it says",
+    ),
+    overlap_template(
+        "overlap-check.template",
+        "the same, to begin with, for the options below",
+    ),
+    overlap_check("overlap-check.main-header"),
+    overlap_check("overlap-check.active-l1"),
+    overlap_check("overlap-check.active-l2"),
+    overlap_check("overlap-check.refcount-table"),
+    overlap_check("overlap-check.refcount-block"),
+    overlap_check("overlap-check.snapshot-table"),
+    overlap_check("overlap-check.inactive-l1"),
+    overlap_check("overlap-check.inactive-l2"),
+    overlap_check("overlap-check.bitmap-directory"),
     switch(
         "pass-discard-request",
         "",

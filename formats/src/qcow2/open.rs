@@ -6,6 +6,7 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex};
 
+use blockcore::dirty_bitmap::KeptBitmap;
 use blockcore::driver::{Fix, OpenModes, OpenRequest, Opened, SnapshotRef, WriteFlags};
 use blockcore::io::buffer::Segments;
 use blockcore::io::tracked::Tracker;
@@ -16,15 +17,18 @@ use blockcore::{Error, ErrorKind, IoError};
 use super::OPTIONS;
 use super::adopt;
 use super::alloc::Pools;
+use super::bitmaps::load::Loaded;
+use super::bitmaps::{self, Bitmaps};
 use super::cache::{SliceCache, WAYS};
 use super::driver::Qcow2Driver;
 use super::gate::Gate;
 use super::image::{Image, L1, RunOptions};
 use super::io::Qcow2Io;
-use super::layout::bitmap::{Bitmap, BitmapCluster};
 use super::layout::bytes::words;
 use super::layout::entry::L1Entry;
+use super::layout::extension::BITMAPS;
 use super::layout::header::{Features, Header, PREFIX_BYTES, Purpose, field};
+use super::layout::room;
 use super::layout::snapshot::{MAX_TABLE_BYTES, Snapshot};
 use super::layout::{Geometry, HostOffset};
 use super::limbo::Limbo;
@@ -53,9 +57,9 @@ pub(super) async fn open(request: OpenRequest) -> Result<Opened, Error> {
         root: Rc::clone(&file.root),
         runtime_directory: request.runtime_directory.clone(),
     };
-    let image = open_image(&source, &request.options, request.modes).await?;
+    let (image, bitmaps) = open_image(&source, &request.options, request.modes).await?;
     Ok(Opened {
-        driver: Box::new(Qcow2Driver::new(&image, source.runtime_directory)),
+        driver: Box::new(Qcow2Driver::new(&image, bitmaps, source.runtime_directory)),
         io: Arc::new(Qcow2Io(image)),
     })
 }
@@ -111,12 +115,12 @@ impl Source {
     }
 }
 
-/// Reads an image and makes it usable as `modes` say.
+/// Reads an image and makes it usable as `modes` say. Also gives the bitmaps that it keeps.
 pub(super) async fn open_image(
     source: &Source,
     options: &Options,
     modes: OpenModes,
-) -> Result<Arc<Image>, Error> {
+) -> Result<(Arc<Image>, Vec<KeptBitmap>), Error> {
     let mut header = source.header(Purpose::Use).await?;
     let geometry = header.geometry();
     let writable = !modes.read_only && !modes.inactive;
@@ -128,6 +132,7 @@ pub(super) async fn open_image(
         }
     }
     let snapshots = read_snapshots(source, &header).await?;
+    let disk_bytes = header.bytes;
     show_snapshot(source, options, modes, &snapshots, &mut header)?;
     let l1_bytes = 8 * u64::from(header.l1_entries);
     let l1 = source.read("L1 table", header.l1_offset, l1_bytes).await?;
@@ -145,18 +150,36 @@ pub(super) async fn open_image(
         segment = adopt::adopt(source, &mut header, &snapshots, &mut l1, &mut table).await?;
     }
     let metadata = Metadata::new(geometry);
+    let mut budget = Budget(MAX_INACTIVE_BYTES);
     if writable {
         let marked = mark_active(&metadata, &header, &l1, &table);
         marked.map_err(|what| source.corrupt(what))?;
-        mark_inactive(source, &metadata, &header, &snapshots).await?;
-        clear_features(source, &mut header, segment.is_some()).await?;
+        mark_snapshots(source, &metadata, &header, &snapshots, &mut budget).await?;
     }
+    if header.extensions.has_stale_bitmaps {
+        tracing::warn!(
+            "the image of node '{}' was written to by a program that knows no bitmaps: its bitmaps mean \
+             nothing any more, and their space is leaked until a repair ('stonework img check -r leaks')",
+            source.node
+        );
+    }
+    let mut loaded = Loaded::default();
+    // A snapshot of another length than the disk has nothing to do with its bitmaps.
+    if header.bytes == disk_bytes {
+        let metadata = writable.then_some(&metadata);
+        loaded = bitmaps::load::load(source, &header, metadata, &mut budget).await?;
+    }
+    if writable {
+        clear_features(source, &mut header, segment.is_some()).await?;
+        drop_stale_bitmaps(source, &mut header).await?;
+    }
+    let bitmaps = Bitmaps::new(loaded.list);
     let sizes = CacheSizes::new(options, geometry, header.bytes, &source.node)?;
     let run_options = run_options(options, modes, &header, &source.node)?;
     let place = HostOffset(header.refcount_table_offset);
     let must_outlive = writable && source.runtime_directory.is_some();
-    let keeps = !must_outlive || segment.is_some();
-    Ok(Arc::new_cyclic(|this| Image {
+    let keeps = (!must_outlive || segment.is_some()) && bitmaps.are_in_use();
+    let image = Arc::new_cyclic(|this| Image {
         this: this.clone(),
         geometry,
         gate: Gate::new(header.bytes, !geometry.extended, keeps),
@@ -192,7 +215,9 @@ pub(super) async fn open_image(
         must_outlive,
         options: Mutex::new(run_options),
         header: Mutex::new(header),
-    }))
+        bitmaps,
+    });
+    Ok((image, loaded.kept))
 }
 
 /// Reads the table of snapshots.
@@ -278,6 +303,14 @@ pub(super) fn run_options(
         pass_discard_other: pass("pass-discard-other", false),
         discard_no_unref: pass("discard-no-unref", false),
     };
+    let lazy = pass("lazy-refcounts", false);
+    if lazy && header.version < 3 {
+        return Err(Error::invalid(format!(
+            "node '{node}' cannot have 'lazy-refcounts=on': its image has version 2, which has no way to say \
+             that counts are written later"
+        )));
+    }
+    check_overlap_options(options, node)?;
     if run_options.discard_no_unref && header.version < 3 {
         return Err(Error::invalid(format!(
             "node '{node}' cannot have 'discard-no-unref=on': its image has version 2, which has no way to \
@@ -285,6 +318,20 @@ pub(super) fn run_options(
         )));
     }
     Ok(run_options)
+}
+
+/// Which metadata is looked for before other metadata is written is taken as QEMU takes it. Here all of it
+/// always is: what may not be written over is known from opening on, and a look costs one load
+/// ([`Metadata`]).
+fn check_overlap_options(options: &Options, node: &str) -> Result<(), Error> {
+    let given = |name: &str| options.get(name).filter(|text| !text.is_empty());
+    match (given("overlap-check"), given("overlap-check.template")) {
+        (Some(one), Some(other)) if one != other => Err(Error::invalid(format!(
+            "node '{node}' has conflicting values for 'overlap-check' ('{one}') and 'overlap-check.template' \
+             ('{other}')"
+        ))),
+        _ => Ok(()),
+    }
 }
 
 fn check_writable(source: &Source, header: &Header) -> Result<(), Error> {
@@ -323,8 +370,10 @@ async fn clear_features(
     header: &mut Header,
     has_segment: bool,
 ) -> Result<(), Error> {
-    // Bitmaps are not kept up to date.
-    let mut stale = header.unknown_autoclear() | Features::BITMAPS;
+    let mut stale = header.unknown_autoclear();
+    if header.extensions.bitmaps.is_none() {
+        stale |= Features::BITMAPS;
+    }
     if !has_segment {
         // What a segment has is about another image from here on.
         stale |= Features::SEGMENT;
@@ -351,12 +400,53 @@ async fn clear_features(
         .map_err(|error| source.failed("write the header of", error))
 }
 
+/// Takes what names bitmaps that are out of date out of the header.
+async fn drop_stale_bitmaps(source: &Source, header: &mut Header) -> Result<(), Error> {
+    if !header.extensions.has_stale_bitmaps || header.version < 3 {
+        return Ok(());
+    }
+    let cluster_bytes = header.geometry().cluster_bytes();
+    let length = cluster_bytes.min(source.root.bytes());
+    let mut cluster = source.read("header", 0, length).await?;
+    cluster.resize(cluster_bytes as usize, 0);
+    while let Some((offset, bytes)) = room::remove(&cluster, BITMAPS) {
+        cluster[offset as usize..][..bytes.len()].copy_from_slice(&bytes);
+        let segments = Segments::allocate(bytes.len(), 512);
+        segments.copy_from(&bytes);
+        let written = source.root.write(offset, segments, WriteFlags::STABLE);
+        written
+            .await
+            .map_err(|error| source.failed("write the header of", error))?;
+    }
+    header.extensions.has_stale_bitmaps = false;
+    Ok(())
+}
+
 /// Marks a table's clusters, where they are where something can be.
 fn mark(metadata: &Metadata, offset: u64, bytes: u64) {
     let end = HostOffset(offset.saturating_add(bytes));
     if bytes > 0 && metadata.reaches(HostOffset(offset)) && metadata.reaches(end) {
         metadata.add(HostOffset(offset), bytes);
     }
+}
+
+/// As [`mark`], for what must share its clusters with no other metadata: what there is says so otherwise.
+pub(super) fn mark_own(
+    metadata: &Metadata,
+    what: &str,
+    offset: u64,
+    bytes: u64,
+) -> Result<(), String> {
+    let end = HostOffset(offset.saturating_add(bytes));
+    let is_there = metadata.reaches(HostOffset(offset)) && metadata.reaches(end);
+    if bytes > 0 && is_there && metadata.overlaps(HostOffset(offset), bytes) {
+        return Err(format!(
+            "the {what} at offset {offset:#x} lies where there is other metadata; repair it with \
+             'stonework img check -r all'"
+        ));
+    }
+    mark(metadata, offset, bytes);
+    Ok(())
 }
 
 /// Marks what the image needs to be read and written. No two of these may share a cluster: a change of one
@@ -368,18 +458,7 @@ pub(super) fn mark_active(
     table: &[u64],
 ) -> Result<(), String> {
     let cluster = metadata.cluster_bytes();
-    let own = |what: &str, offset: u64, bytes: u64| {
-        let end = HostOffset(offset.saturating_add(bytes));
-        let is_there = metadata.reaches(HostOffset(offset)) && metadata.reaches(end);
-        if bytes > 0 && is_there && metadata.overlaps(HostOffset(offset), bytes) {
-            return Err(format!(
-                "the {what} at offset {offset:#x} lies where there is other metadata; repair it with \
-                 'stonework img check -r all'"
-            ));
-        }
-        mark(metadata, offset, bytes);
-        Ok(())
-    };
+    let own = |what: &str, offset: u64, bytes: u64| mark_own(metadata, what, offset, bytes);
     own("header", 0, cluster)?;
     own("L1 table", header.l1_offset, 8 * l1.len() as u64)?;
     own(
@@ -402,6 +481,24 @@ fn mark_tables(metadata: &Metadata, l1: &[L1Entry]) {
     }
 }
 
+/// How much of tables is read that only need to be kept safe.
+pub(super) struct Budget(u64);
+
+impl Budget {
+    /// Takes something from it.
+    pub(super) fn spend(&mut self, source: &Source, bytes: u64) -> Result<(), Error> {
+        let left = self.0.checked_sub(bytes).ok_or_else(|| {
+            Error::unsupported(format!(
+                "the snapshots and bitmaps of node '{}' have tables of more than {MAX_INACTIVE_BYTES} bytes, \
+                 too much to be kept safe from writes: open it read-only",
+                source.node
+            ))
+        })?;
+        self.0 = left;
+        Ok(())
+    }
+}
+
 /// Marks what belongs to snapshots and bitmaps.
 pub(super) async fn mark_inactive(
     source: &Source,
@@ -409,50 +506,29 @@ pub(super) async fn mark_inactive(
     header: &Header,
     snapshots: &Snapshots,
 ) -> Result<(), Error> {
-    let mut budget = MAX_INACTIVE_BYTES;
-    let mut spend = |bytes: u64| match budget.checked_sub(bytes) {
-        Some(left) => {
-            budget = left;
-            Ok(())
-        }
-        None => Err(Error::unsupported(format!(
-            "the snapshots and bitmaps of node '{}' have tables of more than {MAX_INACTIVE_BYTES} bytes, \
-             too much to be kept safe from writes: open it read-only",
-            source.node
-        ))),
-    };
+    let mut budget = Budget(MAX_INACTIVE_BYTES);
+    mark_snapshots(source, metadata, header, snapshots, &mut budget).await?;
+    bitmaps::load::load(source, header, Some(metadata), &mut budget).await?;
+    Ok(())
+}
+
+/// Marks what belongs to snapshots.
+async fn mark_snapshots(
+    source: &Source,
+    metadata: &Metadata,
+    header: &Header,
+    snapshots: &Snapshots,
+    budget: &mut Budget,
+) -> Result<(), Error> {
     mark(metadata, header.snapshots_offset, snapshots.table_bytes);
     for snapshot in &snapshots.list {
         let (place, bytes) = snapshot.l1_range();
-        spend(bytes)?;
+        budget.spend(source, bytes)?;
         let l1 = source
             .read("L1 table of a snapshot", place.0, bytes)
             .await?;
         mark(metadata, place.0, bytes);
         mark_tables(metadata, &words(&l1).map(L1Entry).collect::<Vec<_>>());
-    }
-    let Some(directory) = &header.extensions.bitmaps else {
-        return Ok(());
-    };
-    let bytes = source
-        .read("bitmap directory", directory.offset, directory.bytes)
-        .await?;
-    mark(metadata, directory.offset, directory.bytes);
-    let bitmaps =
-        Bitmap::parse_directory(&bytes, directory.bitmaps, header.bytes, header.geometry())
-            .map_err(|error| source.corrupt(error))?;
-    for bitmap in &bitmaps {
-        let bytes = 8 * u64::from(bitmap.table_entries);
-        spend(bytes)?;
-        let table = source
-            .read("table of a bitmap", bitmap.table_offset, bytes)
-            .await?;
-        mark(metadata, bitmap.table_offset, bytes);
-        for entry in words(&table) {
-            if let Ok(BitmapCluster::Data(host)) = BitmapCluster::parse(entry, header.geometry()) {
-                mark(metadata, host, metadata.cluster_bytes());
-            }
-        }
     }
     Ok(())
 }

@@ -16,7 +16,7 @@ use blockcore::options::Options;
 use super::{listed, named, snapshot_contents, text};
 use crate::setup::{Images, assert_clean, contents, qemu, qemu_output};
 
-const LIMIT: Duration = Duration::from_secs(3600);
+pub(crate) const LIMIT: Duration = Duration::from_secs(3600);
 const PATH: &str = "/simulated/image";
 const OPEN: &str =
     "node-name=disk,driver=qcow2,discard=unmap,file.driver=file,file.filename=/simulated/image";
@@ -97,14 +97,14 @@ impl Case {
 
 /// What an image holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Held {
+pub(crate) struct Held {
     disk: Vec<u8>,
     snapshots: Vec<(String, Vec<u8>)>,
 }
 
 impl Held {
     /// By QEMU's judgement.
-    fn by(image: &Path) -> Self {
+    pub(crate) fn by(image: &Path) -> Self {
         let ids = listed(image);
         let ids = ids.iter().map(|snapshot| snapshot["id"].as_str().unwrap());
         Self {
@@ -127,14 +127,14 @@ impl Held {
 }
 
 /// A simulated host with an image, opened by its only worker.
-struct World {
-    simulation: Simulation,
+pub(crate) struct World {
+    pub(crate) simulation: Simulation,
     worker: Rc<Worker>,
     control: Control,
 }
 
 impl World {
-    fn new(seed: u64, image: &[u8]) -> Self {
+    pub(crate) fn new(seed: u64, image: &[u8]) -> Self {
         let simulation = Simulation::new(seed);
         let worker = simulation.worker();
         let graph = Graph::new(formats::drivers());
@@ -172,7 +172,7 @@ impl World {
         .expect("nothing fails yet");
     }
 
-    fn run<T: 'static, W>(&self, work: impl FnOnce(Control) -> W) -> T
+    pub(crate) fn run<T: 'static, W>(&self, work: impl FnOnce(Control) -> W) -> T
     where
         W: Future<Output = T> + 'static,
     {
@@ -183,8 +183,7 @@ impl World {
 
     /// Does it, for as long as `limit`; `None` if it was not done by then.
     fn attempt(&self, verb: Verb, limit: Duration) -> Option<Result<(), Error>> {
-        let control = self.control.clone();
-        let work = async move {
+        self.run_for(limit, |control| async move {
             match verb {
                 Verb::Take => control.take_snapshot("disk", named("ours")).await,
                 Verb::Apply => control.apply_snapshot("disk", &SnapshotRef::id("1")).await,
@@ -193,11 +192,23 @@ impl World {
                     control.delete_snapshot("disk", &which).await.map(drop)
                 }
             }
-        };
+        })
+    }
+
+    /// Does something, for as long as `limit`; `None` if it was not done by then.
+    pub(crate) fn run_for<T: 'static, W>(
+        &self,
+        limit: Duration,
+        work: impl FnOnce(Control) -> W,
+    ) -> Option<T>
+    where
+        W: Future<Output = T> + 'static,
+    {
+        let work = work(self.control.clone());
         self.simulation.run(&self.worker, limit, work).ok()
     }
 
-    fn dump(&self, image: &Path) {
+    pub(crate) fn dump(&self, image: &Path) {
         let bytes = self.simulation.contents(PATH).expect("it is there");
         std::fs::write(image, bytes).expect("there is room for tests");
     }

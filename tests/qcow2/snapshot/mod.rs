@@ -1,7 +1,7 @@
 //! Internal snapshots: by us and by `qemu-img` in turns (`differential`), and cut off at any moment
 //! (`cut`).
 
-mod cut;
+pub(crate) mod cut;
 mod differential;
 
 use std::path::Path;
@@ -14,18 +14,18 @@ use crate::setup::{Images, Process, assert_clean, contents, qemu, qemu_output};
 
 const CLUSTER: u64 = 65536;
 
-fn text(path: &Path) -> &str {
+pub(crate) fn text(path: &Path) -> &str {
     path.to_str().expect("a path of ours")
 }
 
-fn open(path: &Path) -> String {
+pub(crate) fn open(path: &Path) -> String {
     format!(
         "driver=qcow2,discard=unmap,file.driver=file,file.filename={}",
         text(path)
     )
 }
 
-fn named(name: &str) -> SnapshotSpec {
+pub(crate) fn named(name: &str) -> SnapshotSpec {
     SnapshotSpec {
         name: name.into(),
         seconds: 1_700_000_000,

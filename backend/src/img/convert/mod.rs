@@ -1,5 +1,6 @@
 //! `stonework img convert`: copies images to a new one, of another format if wanted.
 
+mod bitmaps;
 mod copy;
 
 use std::rc::Rc;
@@ -33,7 +34,7 @@ pub struct ConvertArgs {
     /// The images that are copied are given as options: driver=qcow2,file.filename=disk.qcow2
     #[arg(long, alias = "image-opts")]
     pub source_image_opts: bool,
-    /// Copy this snapshot in the image
+    /// Copy this snapshot in the image: its identifier or name, or snapshot.id=...,snapshot.name=...
     #[arg(short = 'l', long, value_name = "SNAPSHOT")]
     pub source_snapshot: Option<String>,
     /// How the images are read
@@ -132,7 +133,6 @@ pub(super) async fn run(program: Rc<Program>, mut args: ConvertArgs) -> Result<u
         program.list_options(format)?;
         return Ok(0);
     }
-    args.refuse_what_is_missing()?;
     if args.filenames.is_empty() {
         return Err(Error::invalid("convert needs an image to copy and a new one").into());
     }
@@ -140,6 +140,10 @@ pub(super) async fn run(program: Rc<Program>, mut args: ConvertArgs) -> Result<u
         return Err(not_compressible(format.name).into());
     }
     let sources = open_sources(&program, &args).await?;
+    let bitmaps = match args.bitmaps {
+        true => bitmaps::to_copy(&program, &sources, args.skip_broken_bitmaps)?,
+        false => Vec::new(),
+    };
     let bytes: u64 = sources.iter().map(Image::bytes).sum();
 
     let mut options = program.creation_options(format, &args.target_options)?;
@@ -206,6 +210,9 @@ pub(super) async fn run(program: Rc<Program>, mut args: ConvertArgs) -> Result<u
     progress.finish();
     drop(progress);
     let (sources, target) = copy.into_images();
+    if args.bitmaps {
+        bitmaps::copy(&program, &sources[0], &target, bitmaps).await?;
+    }
     target.flush().await?;
     target.close().await?;
     for source in sources {
@@ -230,6 +237,15 @@ async fn open_sources(program: &Program, args: &ConvertArgs) -> Result<Vec<Image
         ..How::reading(&format, Probing::Refused("-f"))?
     };
     let mut sources = Vec::new();
+    if let Some(snapshot) = &args.source_snapshot {
+        let [name] = &args.filenames[..] else {
+            return Err(Error::invalid(
+                "a snapshot (-l) is copied from one image, and not from several",
+            ));
+        };
+        sources.push(program.open_snapshot(name, &how, snapshot).await?);
+        return Ok(sources);
+    }
     for name in &args.filenames {
         sources.push(program.open(name, &how).await?);
     }
@@ -237,19 +253,6 @@ async fn open_sources(program: &Program, args: &ConvertArgs) -> Result<Vec<Image
 }
 
 impl ConvertArgs {
-    fn refuse_what_is_missing(&self) -> Result<(), Error> {
-        let missing = [
-            ("-l", self.source_snapshot.is_some()),
-            ("--bitmaps", self.bitmaps),
-        ];
-        match missing.iter().find(|(_, given)| *given) {
-            Some((name, _)) => Err(Error::unsupported(format!(
-                "option {name} of convert is not in this version of stonework"
-            ))),
-            None => Ok(()),
-        }
-    }
-
     /// How to copy to a target that is open.
     fn plan(&self, program: &Program, target: &Image, has_backing: bool) -> Result<Plan, Error> {
         let cluster_bytes = target.cluster_bytes();

@@ -24,10 +24,10 @@ static ALBUM: DriverType = DriverType {
     ],
     backing: true,
     open: |request| open(request).boxed_local(),
-    measure: Some(|options, root| {
+    measure: Some(|options, source| {
         async move {
             let extra = options.get("extra").map_or(0, |text| text.parse().unwrap());
-            let bytes = root.map_or(0, |root| root.bytes());
+            let bytes = source.map_or(0, |source| source.root.bytes());
             Ok(Measured {
                 required_bytes: bytes + extra,
                 fully_allocated_bytes: 2 * bytes + extra,

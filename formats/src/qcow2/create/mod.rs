@@ -7,6 +7,7 @@
 //! An image is made in files that are made with it, from options alone ([`create`]), or on nodes that
 //! there are ([`create_on`]).
 
+mod measure;
 mod plan;
 mod spec;
 mod target;
@@ -19,9 +20,11 @@ use blockcore::engine::{HostCall, HostReply, OpenOptions};
 use blockcore::io::{IoContext, RequestKind, Root};
 use blockcore::options::{ChildOption, Options};
 
+pub(super) use self::measure::measure;
 use self::plan::Plan;
 pub use self::spec::CREATE_OPTIONS;
 use self::spec::Spec;
+pub(super) use self::spec::{option, refcount_order};
 use self::target::Target;
 use crate::file;
 

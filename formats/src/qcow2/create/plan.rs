@@ -33,18 +33,23 @@ impl Plan {
     ///
     /// [`blockcore::ErrorKind::Invalid`] if tables would be longer than they may be.
     pub(super) fn new(spec: &Spec) -> Result<Self, Error> {
+        let plan = Self::unchecked(spec)?;
+        let bits = plan.geometry.cluster_bits;
+        let is_too_far = plan.clusters() > (1 << 55) >> bits;
+        let table_bytes = plan.refcount_table << bits;
+        if is_too_far || table_bytes > MAX_REFCOUNT_TABLE_BYTES {
+            return Err(too_long("refcount table", spec));
+        }
+        Ok(plan)
+    }
+
+    /// As [`new`](Self::new), of an image that may never have all of it: its refcount table may be longer
+    /// than there may be.
+    pub(super) fn unchecked(spec: &Spec) -> Result<Self, Error> {
         let geometry = spec.geometry();
         let l1_entries = geometry.l1_entries(spec.bytes);
-        let too_long = |table: &str| {
-            Error::invalid(format!(
-                "a disk of {} bytes needs a longer {table} than there may be with clusters of {} bytes: \
-                 larger clusters make it shorter",
-                spec.bytes,
-                geometry.cluster_bytes()
-            ))
-        };
         if l1_entries * 8 > MAX_L1_BYTES {
-            return Err(too_long("L1 table"));
+            return Err(too_long("L1 table", spec));
         }
         let mut plan = Self {
             geometry,
@@ -70,12 +75,12 @@ impl Plan {
             }
             (plan.refcount_blocks, plan.refcount_table) = (blocks, table);
         }
-        let is_too_far = plan.clusters() > (1 << 55) >> geometry.cluster_bits;
-        let table_bytes = plan.refcount_table << geometry.cluster_bits;
-        if is_too_far || table_bytes > MAX_REFCOUNT_TABLE_BYTES {
-            return Err(too_long("refcount table"));
-        }
         Ok(plan)
+    }
+
+    /// Length of the image, with all that it has a place for.
+    pub(super) fn bytes(&self) -> u64 {
+        self.offset(self.clusters())
     }
 
     fn clusters(&self) -> u64 {
@@ -202,4 +207,13 @@ impl Plan {
         });
         stream.words(words, geometry.cluster_bytes()).await
     }
+}
+
+fn too_long(table: &str, spec: &Spec) -> Error {
+    Error::invalid(format!(
+        "a disk of {} bytes needs a longer {table} than there may be with clusters of {} bytes: larger \
+         clusters make it shorter",
+        spec.bytes,
+        spec.geometry().cluster_bytes()
+    ))
 }

@@ -84,7 +84,7 @@ pub const CREATE_OPTIONS: &[OptionSpec] = &[
     ),
 ];
 
-const fn option(
+pub(in super::super) const fn option(
     name: &'static str,
     kind: OptionKind,
     default: Option<&'static str>,
@@ -106,7 +106,7 @@ pub(super) struct Spec {
     /// Length of the disk.
     pub(super) bytes: u64,
     pub(super) preallocation: Preallocation,
-    version: u32,
+    pub(super) version: u32,
     cluster_bits: u32,
     refcount_order: u32,
     lazy_refcounts: bool,
@@ -269,7 +269,7 @@ fn cluster_bits(bytes: u64) -> Result<u32, Error> {
     )))
 }
 
-fn refcount_order(bits: u64) -> Result<u32, Error> {
+pub(in super::super) fn refcount_order(bits: u64) -> Result<u32, Error> {
     if bits.is_power_of_two() && bits <= 64 {
         return Ok(bits.trailing_zeros());
     }

@@ -17,7 +17,7 @@ pub(crate) const MAX_NAME_BYTES: usize = 1023;
 /// Most entries of a bitmap's table, as QEMU has it.
 pub(crate) const MAX_TABLE_ENTRIES: u32 = 0x800_0000;
 /// Most bytes that a bitmap takes in the image, as QEMU has it.
-const MAX_BITMAP_BYTES: u64 = 0x2000_0000;
+pub(crate) const MAX_BITMAP_BYTES: u64 = 0x2000_0000;
 /// The one type of bitmap that there is: which bytes were written.
 const DIRTY_TRACKING: u8 = 1;
 /// Binary logarithm of granularities, as QEMU has them.
@@ -170,25 +170,16 @@ impl Bitmap {
 
     /// Whether this program may use and change it: nothing is attached that it does not know and may not
     /// ignore.
-    #[cfg_attr(
-        not(test),
-        expect(dead_code, reason = "bitmaps are read, and not kept yet")
-    )]
     pub(crate) fn is_known(&self) -> bool {
         self.extra.is_empty() || self.flags & Self::EXTRA_COMPATIBLE != 0
     }
 
     /// Bytes of its entry in a directory.
     pub(crate) fn entry_bytes(&self) -> u64 {
-        let bytes = HEAD_BYTES + self.extra.len() + self.name.len();
-        bytes.next_multiple_of(8) as u64
+        entry_bytes(self.extra.len(), self.name.len())
     }
 
     /// The directory of these bitmaps.
-    #[cfg_attr(
-        not(test),
-        expect(dead_code, reason = "bitmaps are read, and not kept yet")
-    )]
     pub(crate) fn serialise_directory(bitmaps: &[Self]) -> Vec<u8> {
         let mut bytes = Vec::new();
         for bitmap in bitmaps {
@@ -205,6 +196,11 @@ impl Bitmap {
         }
         bytes
     }
+}
+
+/// Bytes of a directory's entry with so many of extra data and of a name.
+pub(crate) fn entry_bytes(extra: usize, name: usize) -> u64 {
+    (HEAD_BYTES + extra + name).next_multiple_of(8) as u64
 }
 
 /// An entry of a bitmap's table: what a cluster of the bitmap is.
@@ -245,10 +241,6 @@ impl BitmapCluster {
     }
 
     /// The entry that says this.
-    #[cfg_attr(
-        not(test),
-        expect(dead_code, reason = "bitmaps are read, and not kept yet")
-    )]
     pub(crate) fn serialise(self) -> u64 {
         match self {
             Self::Zeroes => 0,

@@ -6,18 +6,17 @@ use blockcore::{Error, ErrorKind};
 
 use super::bytes::{u32_at, u64_at};
 use super::header::{Features, MAX_BITMAPS};
+use super::room::{FREE, HEAD_BYTES};
 
 const END: u32 = 0;
 const BACKING_FORMAT: u32 = 0xe279_2aca;
 const FEATURE_NAMES: u32 = 0x6803_f857;
-const BITMAPS: u32 = 0x2385_2875;
+pub(crate) const BITMAPS: u32 = 0x2385_2875;
 const LUKS: u32 = 0x0537_be77;
 const DATA_FILE: u32 = 0x4441_5441;
 /// Of our own, "StNW": what tells an image from others; see [`Extensions::cookie`].
 const COOKIE: u32 = 0x5374_4e57;
 
-/// Kind and length, before an extension's data.
-const HEAD_BYTES: usize = 8;
 /// QEMU takes no longer name of a format.
 const MAX_FORMAT_BYTES: usize = 15;
 /// Bytes of one entry of the table of feature names: kind, bit, name.
@@ -25,7 +24,7 @@ const NAME_BYTES: usize = 48;
 /// The cookie, and as much that is zero and may get a meaning.
 const COOKIE_BYTES: usize = 32;
 /// Longest bitmap directory, as QEMU has it.
-const MAX_DIRECTORY_BYTES: u64 = 64 << 20;
+pub(crate) const MAX_DIRECTORY_BYTES: u64 = 64 << 20;
 
 /// What the extensions of a header say.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -36,6 +35,8 @@ pub(crate) struct Extensions {
     pub(crate) data_file: Option<String>,
     /// Where the bitmap directory is; `None` also where the header says that it is out of date.
     pub(crate) bitmaps: Option<BitmapDirectory>,
+    /// The header names a bitmap directory, and says that it is out of date.
+    pub(crate) has_stale_bitmaps: bool,
     /// A number that this image has and its copies have too, until one of them gets another. Means
     /// nothing unless autoclear feature [`Features::SEGMENT`] is set.
     pub(crate) cookie: Option<[u8; 16]>,
@@ -250,10 +251,15 @@ impl Extensions {
                 self.names.extend(foreign);
             }
             BITMAPS => {
-                // Somebody who knows no bitmaps has written since: they mean nothing.
-                if context.autoclear & Features::BITMAPS != 0 {
-                    self.bitmaps = Some(BitmapDirectory::parse(data, context.cluster_bytes)?);
+                if context.autoclear & Features::BITMAPS == 0 {
+                    // Somebody who knows no bitmaps has written since: they mean nothing.
+                    self.has_stale_bitmaps = true;
+                    return Ok(());
                 }
+                if self.bitmaps.is_some() {
+                    return Err(corrupt("there are two header extensions for bitmaps"));
+                }
+                self.bitmaps = Some(BitmapDirectory::parse(data, context.cluster_bytes)?);
             }
             LUKS => {
                 return Err(corrupt(
@@ -261,6 +267,7 @@ impl Extensions {
                      image is not encrypted",
                 ));
             }
+            FREE => {}
             COOKIE if data.len() == COOKIE_BYTES => {
                 self.cookie = data.first_chunk().copied();
             }
@@ -360,7 +367,8 @@ impl BitmapDirectory {
         Err(corrupt(format!("the bitmaps extension has {wrong}")))
     }
 
-    fn serialise(&self) -> Vec<u8> {
+    /// The extension's data.
+    pub(crate) fn serialise(&self) -> Vec<u8> {
         let mut data = self.bitmaps.to_be_bytes().to_vec();
         data.extend([0; 4]);
         data.extend(self.bytes.to_be_bytes());

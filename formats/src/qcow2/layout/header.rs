@@ -386,9 +386,18 @@ impl Header {
     ///
     /// [`ErrorKind::NoSpace`] if names and extensions do not fit into it.
     pub(crate) fn serialise(&self) -> Result<Vec<u8>, Error> {
+        let has_room = self.geometry().cluster_bytes() >= NAMES_FROM_BYTES;
+        self.serialise_with(self.version >= 3 && has_room)
+    }
+
+    /// As [`serialise`](Self::serialise), without the table of feature names, which only a person misses.
+    pub(crate) fn serialise_bare(&self) -> Result<Vec<u8>, Error> {
+        self.serialise_with(false)
+    }
+
+    fn serialise_with(&self, names: bool) -> Result<Vec<u8>, Error> {
         let cluster_bytes = self.geometry().cluster_bytes();
         let mut bytes = self.fields();
-        let names = self.version >= 3 && cluster_bytes >= NAMES_FROM_BYTES;
         bytes.extend(self.extensions.serialise(names));
         if let Some(name) = &self.backing {
             let offset = bytes.len() as u64;

@@ -8,6 +8,7 @@ pub(crate) mod bytes;
 pub(crate) mod entry;
 pub(crate) mod extension;
 pub(crate) mod header;
+pub(crate) mod room;
 pub(crate) mod snapshot;
 
 /// Where a byte lies in an image's file, or in its external data file.

@@ -27,7 +27,7 @@ const LOADED_BYTES: u64 = 32 << 20;
 const FREED_RUNS: usize = 1 << 16;
 
 /// See the module's header.
-pub(super) struct Draft<'a> {
+pub(in super::super) struct Draft<'a> {
     image: &'a Image,
     io: Io<'a>,
     table: Vec<u64>,
@@ -51,7 +51,7 @@ struct Block {
 
 /// How a count changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Change {
+pub(in super::super) enum Change {
     /// There is another reference to what is referred to already.
     More,
     /// There is one reference less.
@@ -86,7 +86,7 @@ pub(super) struct Written {
 
 impl<'a> Draft<'a> {
     /// A draft with the counts that there are. Nothing about the image is dirty, and no cluster is reserved.
-    pub(super) fn new(image: &'a Image, io: Io<'a>) -> Self {
+    pub(in super::super) fn new(image: &'a Image, io: Io<'a>) -> Self {
         Self {
             image,
             io,
@@ -101,7 +101,22 @@ impl<'a> Draft<'a> {
     }
 
     /// New clusters for metadata, side by side, which count as 1. The file has them.
-    pub(super) async fn allocate(&mut self, clusters: u64) -> Result<HostOffset, Failure> {
+    pub(in super::super) async fn allocate(
+        &mut self,
+        clusters: u64,
+    ) -> Result<HostOffset, Failure> {
+        let run = self.allocate_run(clusters).await?;
+        self.added.push(run);
+        Ok(HostOffset(run.start << self.image.geometry.cluster_bits))
+    }
+
+    /// A new cluster for data, as [`allocate`](Self::allocate).
+    pub(in super::super) async fn allocate_data(&mut self) -> Result<HostOffset, Failure> {
+        let run = self.allocate_run(1).await?;
+        Ok(HostOffset(run.start << self.image.geometry.cluster_bits))
+    }
+
+    async fn allocate_run(&mut self, clusters: u64) -> Result<Run, Failure> {
         let run = self.find(clusters).await?;
         let g = self.image.geometry;
         let place = HostOffset(run.start << g.cluster_bits);
@@ -109,9 +124,8 @@ impl<'a> Draft<'a> {
         self.image.check_free(self.io, run.start, clusters).await?;
         self.image.lengthen(self.io, place.0 + bytes).await?;
         self.next = run.start + clusters;
-        self.added.push(run);
         self.pending.push((run, Change::New));
-        Ok(place)
+        Ok(run)
     }
 
     /// Free clusters, from where the last ones ended on. Those behind all refcount blocks are free.
@@ -152,7 +166,7 @@ impl<'a> Draft<'a> {
     }
 
     /// Metadata has lost a reference.
-    pub(super) async fn drop_metadata(
+    pub(in super::super) async fn drop_metadata(
         &mut self,
         place: HostOffset,
         clusters: u64,
@@ -169,7 +183,11 @@ impl<'a> Draft<'a> {
     }
 
     /// Changes the counts of clusters.
-    pub(super) async fn change(&mut self, run: Run, change: Change) -> Result<(), Failure> {
+    pub(in super::super) async fn change(
+        &mut self,
+        run: Run,
+        change: Change,
+    ) -> Result<(), Failure> {
         let g = self.image.geometry;
         let (per_block, order) = (g.block_counts(), g.refcount_order);
         let end = run.start + run.count;
@@ -281,7 +299,7 @@ impl<'a> Draft<'a> {
 
     /// Makes the changes that wait. Each may have others follow; they end, since a new cluster has room for
     /// more counts than one.
-    pub(super) async fn settle(&mut self) -> Result<(), Failure> {
+    pub(in super::super) async fn settle(&mut self) -> Result<(), Failure> {
         while let Some((run, change)) = self.pending.pop() {
             self.change(run, change).await?;
         }

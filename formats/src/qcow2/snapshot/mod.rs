@@ -29,8 +29,8 @@
 //! Threads: control thread, in a drained section. Clusters that become free are free at once: nobody is
 //! reading them.
 
-mod draft;
-mod tables;
+pub(super) mod draft;
+pub(super) mod tables;
 
 use std::ops::Range;
 use std::sync::MutexGuard;
@@ -86,14 +86,14 @@ impl From<Error> for Failure {
 }
 
 /// What the image shall be.
-struct Next {
+pub(super) struct Next {
     /// The disk's L1 table, and where it is already, if so.
-    l1: Vec<L1Entry>,
-    l1_place: Option<HostOffset>,
-    bytes: u64,
-    snapshots: Vec<Snapshot>,
+    pub(super) l1: Vec<L1Entry>,
+    pub(super) l1_place: Option<HostOffset>,
+    pub(super) bytes: u64,
+    pub(super) snapshots: Vec<Snapshot>,
     /// The host is told of what becomes free.
-    passes_discards: bool,
+    pub(super) passes_discards: bool,
 }
 
 impl Snapshot {
@@ -199,6 +199,7 @@ impl Image {
     }
 
     async fn try_apply(&self, io: Io<'_>, which: &SnapshotRef) -> Result<(), Failure> {
+        self.use_bitmaps(io).await?;
         self.begin(io).await?;
         let g = self.geometry;
         let snapshots = self.snapshots().clone();
@@ -289,6 +290,11 @@ impl Image {
             )
             .into());
         }
+        self.become_still(io).await
+    }
+
+    /// As [`begin`](Self::begin), for what needs no snapshots.
+    pub(super) async fn become_still(&self, io: Io<'_>) -> Result<(), Failure> {
         self.check_whole()?;
         self.finish(io).await?;
         debug_assert!(self.limbo.is_empty(), "what was let go of is free");
@@ -298,7 +304,11 @@ impl Image {
     }
 
     /// The L1 table of a snapshot, as it is in the image.
-    async fn snapshot_l1(&self, io: Io<'_>, snapshot: &Snapshot) -> Result<Vec<L1Entry>, Failure> {
+    pub(super) async fn snapshot_l1(
+        &self,
+        io: Io<'_>,
+        snapshot: &Snapshot,
+    ) -> Result<Vec<L1Entry>, Failure> {
         let (place, bytes) = snapshot.l1_range();
         snapshot.check_l1(self.geometry, io.child(FILE).bytes())?;
         let table = read_bytes(io, place, bytes).await?;
@@ -306,7 +316,7 @@ impl Image {
     }
 
     /// Writes what is not in the image yet, lets the header name it, and goes on with that.
-    async fn become_next(
+    pub(super) async fn become_next(
         &self,
         io: Io<'_>,
         mut draft: Draft<'_>,
@@ -400,7 +410,7 @@ impl Image {
     }
 
     /// Writes new metadata, with zeroes up to the end of its last cluster. Nothing has no place.
-    async fn write_new(
+    pub(super) async fn write_new(
         &self,
         io: Io<'_>,
         draft: &mut Draft<'_>,
@@ -417,7 +427,7 @@ impl Image {
         Ok(place)
     }
 
-    fn explain(&self, io: Io<'_>, what: &str, failure: Failure) -> Error {
+    pub(super) fn explain(&self, io: Io<'_>, what: &str, failure: Failure) -> Error {
         let name = io.name();
         let host = |cluster: ClusterNumber| cluster << self.geometry.cluster_bits;
         let (kind, why) = match failure {

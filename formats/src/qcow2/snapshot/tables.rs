@@ -103,7 +103,11 @@ impl Image {
     }
 
     /// The words of an L2 table.
-    async fn table_words(&self, io: Io<'_>, table: HostOffset) -> Result<Vec<u64>, Failure> {
+    pub(in super::super) async fn table_words(
+        &self,
+        io: Io<'_>,
+        table: HostOffset,
+    ) -> Result<Vec<u64>, Failure> {
         let cluster = self.geometry.cluster_bytes();
         if !self.geometry.is_aligned(table.0) || !self.metadata.reaches(table) {
             let text = format!(
@@ -118,7 +122,7 @@ impl Image {
 }
 
 /// The entries of a table, each with the index of its first word.
-fn entries(
+pub(in super::super) fn entries(
     words: &[u64],
     g: Geometry,
 ) -> impl Iterator<Item = (usize, Result<L2Entry, Error>)> + use<'_> {

@@ -36,6 +36,7 @@ fn everything() -> Header {
         snapshots_offset: 0x9_0000,
         unknown: vec![7; 16],
         extensions: Extensions {
+            has_stale_bitmaps: false,
             backing_format: Some("raw".into()),
             data_file: Some("data".into()),
             bitmaps: Some(BitmapDirectory {
