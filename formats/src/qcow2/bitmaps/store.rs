@@ -13,7 +13,6 @@ use crate::qcow2::layout::bitmap::{Bitmap, BitmapCluster};
 use crate::qcow2::layout::bytes::{from_words, words};
 use crate::qcow2::layout::extension::{BitmapDirectory, MAX_DIRECTORY_BYTES};
 use crate::qcow2::layout::header::{Features, MAX_BITMAPS};
-use crate::qcow2::limbo::{Cause, Freed};
 
 /// Clusters side by side: where, and how many.
 type Place = (HostOffset, u64);
@@ -212,7 +211,7 @@ impl Image {
         let (next, directory, steps) = match written {
             Ok(written) => written,
             Err(failure) => {
-                self.let_go(io, new);
+                self.let_all_go(io, new);
                 return Err(failure);
             }
         };
@@ -243,7 +242,7 @@ impl Image {
         self.bitmaps.replace(next);
         // What is up to date now has to be looked at before the next write.
         self.allow_plain_writes();
-        self.let_go(io, old);
+        self.let_all_go(io, old);
         Ok(())
     }
 
@@ -307,19 +306,9 @@ impl Image {
     }
 
     /// Nothing refers to these any more.
-    fn let_go(&self, io: Io<'_>, places: Vec<Place>) {
+    fn let_all_go(&self, io: Io<'_>, places: Vec<Place>) {
         for (host, clusters) in places {
-            self.metadata
-                .remove(host, clusters << self.geometry.cluster_bits);
-            let cause = Cause::Other;
-            self.free(
-                io,
-                Freed {
-                    host,
-                    clusters,
-                    cause,
-                },
-            );
+            self.let_go(io, host, clusters);
         }
     }
 
