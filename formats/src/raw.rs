@@ -267,6 +267,8 @@ impl DriverIo for Raw {
 
 #[cfg(test)]
 mod tests {
+    use std::rc::Rc;
+
     use blockcore::ErrorKind;
     use blockcore::engine::{EngineChoice, make};
     use blockcore::graph::{Control, Graph};
