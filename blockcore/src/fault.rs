@@ -45,6 +45,10 @@ pub enum Fault {
     NoWaitForUsers,
     /// qcow2: a new table keeps what its cluster held.
     TableNotCleared,
+    /// qcow2: an image does not say that its bitmaps are out of date before it is written to.
+    BitmapsNotInUse,
+    /// qcow2: bitmaps that were stored are named before they are durable.
+    BitmapsNamedEarly,
 }
 
 impl Fault {
@@ -56,6 +60,12 @@ impl Fault {
         ("no-limbo", Self::NoLimbo),
         ("no-wait-for-users", Self::NoWaitForUsers),
         ("table-not-cleared", Self::TableNotCleared),
+    ];
+
+    /// Those of the qcow2 driver that concern bitmaps, with their names.
+    pub const BITMAPS: [(&'static str, Self); 2] = [
+        ("bitmaps-not-in-use", Self::BitmapsNotInUse),
+        ("bitmaps-named-early", Self::BitmapsNamedEarly),
     ];
 
     /// Those of the block layer itself, with their names.

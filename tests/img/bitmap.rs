@@ -343,3 +343,112 @@ fn a_copy_has_the_bitmaps_of_its_source_and_leaves_out_those_that_mean_nothing()
     is_sound(&pair, "other.qcow2");
     same_bitmaps(&pair, "other.qcow2", &["--remove"]);
 }
+
+#[test]
+fn bitmaps_are_measured_alike() {
+    let pair = pair();
+    let add = ["bitmap", "--add", "-g", "512", "a.qcow2", &"n".repeat(1000)];
+    prepare(&pair, "qemu-img", &add);
+    for options in [
+        "compat=1.1",
+        "compat=0.10",
+        "cluster_size=512",
+        "cluster_size=2M",
+    ] {
+        for name in ["a.qcow2", "other.qcow2"] {
+            pair.same(&["measure", "-f", "qcow2", "-O", "qcow2", "-o", options, name]);
+        }
+    }
+    pair.same(&["measure", "-f", "qcow2", "-O", "raw", "a.qcow2"]);
+}
+
+#[test]
+fn bitmaps_go_with_their_image_through_every_other_verb() {
+    let pair = pair();
+    let overlay = [
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-b",
+        "a.qcow2",
+        "-F",
+        "qcow2",
+        "top.qcow2",
+    ];
+    prepare(&pair, "qemu-img", &overlay);
+    prepare(&pair, "qemu-img", &["bitmap", "--add", "top.qcow2", "t"]);
+    let write = [
+        "-f",
+        "qcow2",
+        "-c",
+        "write 7M 64k",
+        "-c",
+        "write 8M 128k",
+        "top.qcow2",
+    ];
+    prepare(&pair, "qemu-io", &write);
+    for (args, status) in [
+        (&["snapshot", "-c", "one", "a.qcow2"][..], 0),
+        // What bitmaps say would be untrue then.
+        (&["snapshot", "-a", "one", "a.qcow2"], 1),
+        (&["snapshot", "-d", "one", "a.qcow2"], 0),
+        (
+            &["amend", "-f", "qcow2", "-o", "lazy_refcounts=on", "a.qcow2"],
+            0,
+        ),
+        (
+            &["amend", "-f", "qcow2", "-o", "refcount_bits=8", "a.qcow2"],
+            0,
+        ),
+        (&["amend", "-f", "qcow2", "-o", "compat=0.10", "a.qcow2"], 1),
+        (&["commit", "-f", "qcow2", "top.qcow2"], 0),
+        (
+            &[
+                "rebase",
+                "-f",
+                "qcow2",
+                "-F",
+                "qcow2",
+                "-b",
+                "other.qcow2",
+                "top.qcow2",
+            ],
+            0,
+        ),
+        (&["rebase", "-f", "qcow2", "-b", "", "top.qcow2"], 0),
+        (&["resize", "-f", "qcow2", "a.qcow2", "+5M"], 0),
+        (&["resize", "-f", "qcow2", "--shrink", "a.qcow2", "4M"], 0),
+        (&["check", "-f", "qcow2", "-r", "all", "a.qcow2"], 0),
+    ] {
+        let args = match args {
+            ["snapshot", rest @ ..] if rest[0] != "-f" => {
+                [&["snapshot", "-f", "qcow2"], rest].concat()
+            }
+            args => args.to_vec(),
+        };
+        // `qemu-img snapshot` has no -f.
+        let (ours, theirs) = match args[0] {
+            "snapshot" => {
+                let without = [&args[..1], &args[3..]].concat();
+                (
+                    pair.run(&args).0,
+                    super::Outcome::of(qemu_img(&without), pair.theirs.path()),
+                )
+            }
+            _ => pair.run(&args),
+        };
+        assert_eq!(ours.status, Some(status), "{args:?}: {ours:?}");
+        assert_eq!(theirs.status, Some(status), "{args:?}: {theirs:?}");
+        for name in ["a.qcow2", "top.qcow2"] {
+            is_sound(&pair, name);
+            same_bitmaps(&pair, name, &args);
+        }
+    }
+}
+
+fn qemu_img(args: &[&str]) -> Command {
+    let mut command = Command::new("qemu-img");
+    command.args(args);
+    command
+}

@@ -3,6 +3,7 @@
 mod amend;
 mod bitmaps;
 mod differential;
+mod failing;
 mod grow;
 mod hostile;
 mod killed;

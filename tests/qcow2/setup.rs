@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::rc::Rc;
+use std::time::Duration;
 
 use blockcore::driver::{
     Preallocation, SnapshotInfo, SnapshotRef, SnapshotSpec, Status, StatusFlags, TruncateFlags,
@@ -14,7 +15,7 @@ use blockcore::graph::{Control, Graph, RootId, RootSpec};
 use blockcore::io::buffer::Segments;
 use blockcore::io::{IoContext, RequestKind, Root};
 use blockcore::options::Options;
-use blockcore::{Error, IoError};
+use blockcore::{Error, ErrorKind, IoError};
 
 /// Runs one of QEMU's tools, which must succeed, and gives what it prints.
 pub(crate) fn qemu(tool: &str, arguments: &[&str]) -> String {
@@ -30,8 +31,28 @@ pub(crate) fn qemu(tool: &str, arguments: &[&str]) -> String {
 
 /// Runs one of QEMU's tools.
 pub(crate) fn qemu_output(tool: &str, arguments: &[&str]) -> Output {
-    let output = Command::new(tool).args(arguments).output();
-    output.unwrap_or_else(|error| panic!("{tool} cannot be run: {error}"))
+    let run = || {
+        let output = Command::new(tool).args(arguments).output();
+        output.unwrap_or_else(|error| panic!("{tool} cannot be run: {error}"))
+    };
+    again_while_locked(run, |output| {
+        let said = String::from_utf8_lossy(&output.stderr);
+        said.contains("Failed to get") && said.contains("lock")
+    })
+}
+
+/// Tries again for some time where an image is locked: a child that another test starts has this process's
+/// open files, and with them the locks, until it runs its program.
+fn again_while_locked<T>(mut run: impl FnMut() -> T, is_locked: impl Fn(&T) -> bool) -> T {
+    for _ in 0..100 {
+        let done = run();
+        if !is_locked(&done) {
+            return done;
+        }
+        drop(done);
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    run()
 }
 
 /// An image must be whole, without leaks, by QEMU's judgement.
@@ -107,12 +128,23 @@ impl Process {
     }
 
     fn open_for(&self, options: &str, writes: bool) -> Result<Disk, Error> {
-        let control = self.control.clone();
         let options = Options::parse(&format!("node-name=disk,{options}"), None)?;
-        let (root, id) = self.context.block_on(async move {
-            control.add(options).await?;
-            use_it(&control, writes).await
-        })?;
+        let open = || {
+            let (control, options) = (self.control.clone(), options.clone());
+            self.context.block_on(async move {
+                control.add(options).await?;
+                let used = use_it(&control, writes).await;
+                if used.is_err() {
+                    control.remove("disk").await?;
+                }
+                used
+            })
+        };
+        let is_locked = |opened: &Result<_, Error>| {
+            let error = opened.as_ref().err();
+            error.is_some_and(|error| error.kind() == ErrorKind::Busy)
+        };
+        let (root, id) = again_while_locked(open, is_locked)?;
         Ok(Disk {
             context: Rc::clone(&self.context),
             control: self.control.clone(),

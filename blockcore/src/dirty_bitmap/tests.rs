@@ -731,3 +731,83 @@ fn a_resize_that_one_bitmap_refuses_changes_none() {
     assert_eq!(counts, [64 * KIB, 512]);
     assert!(Arc::strong_count(set.get("a").unwrap().bits()) == 1);
 }
+
+/// What an image would keep: marked at its first granule.
+fn kept(name: &str, length: u64, enabled: bool, inconsistent: bool) -> KeptBitmap {
+    let bits = Bits::new(length, 4096).unwrap();
+    bits.set(0, 1);
+    KeptBitmap {
+        name: name.into(),
+        bits: Arc::new(bits),
+        enabled,
+        inconsistent,
+    }
+}
+
+#[test]
+fn what_an_image_keeps_is_loaded_with_its_states() {
+    let mut set = BitmapSet::new("disk".into(), 1 << 20);
+    let list = vec![
+        kept("on", 1 << 20, true, false),
+        kept("off", 1 << 20, false, false),
+        kept("useless", 1 << 20, true, true),
+    ];
+    set.load(list, 1 << 20, true);
+    let statuses = set.statuses();
+    let recording: Vec<_> = statuses.iter().map(|status| status.recording).collect();
+    // By name: off, on, useless.
+    assert_eq!(recording, [false, true, false]);
+    assert!(statuses.iter().all(|status| status.persistent));
+    assert!(set.get("useless").unwrap().is_inconsistent());
+    assert!(set.get("on").unwrap().is_read_only());
+    let refused = set.remove("on").map(drop).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::PermissionDenied);
+    set.set_read_only(false);
+    set.remove("on").unwrap();
+    let names: Vec<_> = set.kept().into_iter().map(|kept| kept.name).collect();
+    assert_eq!(names, ["off", "useless"]);
+}
+
+#[test]
+fn what_is_read_anew_takes_the_place_of_what_there_was_and_leaves_other_bitmaps() {
+    let mut set = BitmapSet::new("disk".into(), 1 << 20);
+    set.load(
+        vec![
+            kept("stays", 1 << 20, true, false),
+            kept("goes", 1 << 20, true, false),
+        ],
+        1 << 20,
+        false,
+    );
+    set.add("volatile", 4096).unwrap();
+    set.mark(8192, 1);
+    set.get_mut("stays").unwrap().hold("export 'e'").unwrap();
+    let list = vec![
+        kept("stays", 2 << 20, false, false),
+        kept("new", 2 << 20, true, false),
+    ];
+    set.load(list, 2 << 20, false);
+    let names: Vec<_> = set
+        .statuses()
+        .into_iter()
+        .map(|status| status.name)
+        .collect();
+    assert_eq!(names, ["new", "stays", "volatile"]);
+    let stays = set.get("stays").unwrap();
+    assert!(stays.status().busy && !stays.status().recording);
+    assert!(stays.bits().get(0) && !stays.bits().get(8192));
+    let volatile = set.get("volatile").unwrap();
+    assert!(volatile.bits().get(8192));
+    assert_eq!((volatile.bits().length(), set.length()), (2 << 20, 2 << 20));
+}
+
+#[test]
+fn what_is_written_while_a_bitmap_is_frozen_is_kept_with_what_was_before() {
+    let mut set = BitmapSet::new("disk".into(), 1 << 20);
+    set.load(vec![kept("b", 1 << 20, true, false)], 1 << 20, false);
+    set.get_mut("b").unwrap().freeze("job 'j'").unwrap();
+    set.mark(65536, 1);
+    let kept = set.kept().remove(0);
+    assert!(kept.bits.get(0) && kept.bits.get(65536));
+    assert!(!set.get("b").unwrap().bits().get(65536));
+}

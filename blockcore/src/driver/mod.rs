@@ -313,11 +313,12 @@ pub struct NewChild {
 pub type MeasureFn =
     fn(Options, Option<MeasureSource>) -> LocalBoxFuture<'static, Result<Measured, Error>>;
 
-/// What an image would be a copy of.
+/// What would be copied to an image that is measured.
+#[derive(Clone)]
 pub struct MeasureSource {
     /// Reads it.
     pub root: Rc<Root>,
-    /// The bitmaps that it keeps; `None` if images of its driver keep none.
+    /// The persistent bitmaps that its image keeps; `None` if images like that keep none.
     pub bitmaps: Option<Vec<KeptBitmap>>,
 }
 

@@ -188,16 +188,8 @@ impl Control {
     /// length. It is drained.
     pub(super) fn fit_drained_bitmaps(&self, id: NodeId) {
         self.change(|graph| {
-            let node = graph.node_mut(id);
-            let bytes = node.state.bytes();
-            if node.bitmaps.length() == bytes {
-                return;
-            }
-            match node.bitmaps.resize(bytes) {
-                Ok(()) => graph.replan(),
-                Err(error) => {
-                    tracing::error!(node = %node.name, error = %error.report(), "bitmaps do not cover the node");
-                }
+            if graph.node_mut(id).fit_bitmaps(false) {
+                graph.replan();
             }
         });
     }
@@ -208,33 +200,42 @@ impl Control {
         let _turn = self.turns.next().await;
         let _drained = self.drain(Scope::Nodes(BTreeSet::from([id]))).await;
         self.change(|graph| {
-            let Some(node) = graph.nodes.get_mut(&id) else {
-                return;
-            };
-            let bytes = node.state.bytes();
-            let covered = node.bitmaps.length();
-            match node.bitmaps.resize(bytes) {
-                // Whatever was written there before now could not be noted.
-                Ok(()) => node.bitmaps.mark(covered, bytes.saturating_sub(covered)),
-                Err(error) => {
-                    tracing::error!(node = %node.name, error = %error.report(), "bitmaps do not cover the node");
-                }
+            let node = graph.nodes.get_mut(&id);
+            if node.is_some_and(|node| node.fit_bitmaps(true)) {
+                graph.replan();
             }
-            graph.replan();
         });
     }
 }
 
 impl Node {
+    /// Makes its bitmaps as long as it is, if they are not; says so: another plan is needed. What was added
+    /// is marked in those that record, if something `may_be_written` there already and could not be noted.
+    fn fit_bitmaps(&mut self, may_be_written: bool) -> bool {
+        let (bytes, covered) = (self.state.bytes(), self.bitmaps.length());
+        if bytes == covered {
+            return false;
+        }
+        if let Err(error) = self.bitmaps.resize(bytes) {
+            tracing::error!(node = %self.name, error = %error.report(), "bitmaps do not cover the node");
+            return false;
+        }
+        if may_be_written {
+            self.bitmaps.mark(covered, bytes.saturating_sub(covered));
+        }
+        true
+    }
+
     /// Has the driver store the persistent bitmaps of a node that is open with these modes, and drained.
     pub(super) async fn store_bitmaps(
-        &self,
+        &mut self,
         modes: OpenModes,
         root: &Rc<Root>,
     ) -> Result<(), Error> {
         if modes.read_only || modes.inactive || !self.bitmaps.has_persistent() {
             return Ok(());
         }
+        self.fit_bitmaps(true);
         let kept = self.bitmaps.kept();
         self.driver
             .take()
@@ -265,6 +266,13 @@ impl Node {
 impl Change {
     /// Has a node's driver store the persistent bitmaps. The node is drained, and may be written to.
     pub(super) async fn store_bitmaps(&self, id: NodeId, root: &Rc<Root>) -> Result<(), Error> {
+        self.control().change(|graph| {
+            // Somebody may be about to tell that it has another length.
+            let node = graph.nodes.get_mut(&id);
+            if node.is_some_and(|node| node.fit_bitmaps(true)) {
+                graph.replan();
+            }
+        });
         let kept = self.kept_bitmaps(id);
         if kept.is_empty() {
             return Ok(());
@@ -274,7 +282,7 @@ impl Change {
     }
 
     /// The persistent bitmaps of a node, as they are now.
-    pub(super) fn kept_bitmaps(&self, id: NodeId) -> Vec<KeptBitmap> {
+    fn kept_bitmaps(&self, id: NodeId) -> Vec<KeptBitmap> {
         self.control().read(|graph| {
             let node = self.state().node(graph, id);
             let node = node.expect("every vertex of a shape has a node");

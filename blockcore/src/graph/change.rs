@@ -552,7 +552,7 @@ async fn abort(control: &Control, mut state: Box<State>) {
             })
         });
         let root = control.unused_root(plan);
-        let Some(node) = state.nodes.get(&id) else {
+        let Some(node) = state.nodes.get_mut(&id) else {
             continue;
         };
         let modes = state
@@ -818,7 +818,7 @@ async fn finish(control: Control, mut rest: Box<Rest>) -> Result<(), Error> {
             let known = rest.shape.contains(id);
             known.then(|| view.plan(id, Permissions::all(), &graph.view().tracked()))
         });
-        let Some(node) = rest.nodes.get(&id) else {
+        let Some(node) = rest.nodes.get_mut(&id) else {
             continue;
         };
         let Some(plan) = plan else { continue };

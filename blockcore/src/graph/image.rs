@@ -277,10 +277,9 @@ impl Control {
         let measured = match self.root_here(root) {
             Ok(root) => {
                 let bitmaps = self.read(|graph| {
-                    let node = graph.node(node)?;
-                    let keeps = graph.keeps_bitmaps(node.id());
-                    Ok::<_, Error>(keeps.then(|| node.bitmaps.kept()))
-                })?;
+                    let node = graph.node(node).ok()?;
+                    graph.keeps_bitmaps(node.id()).then(|| node.bitmaps.kept())
+                });
                 measure(options, Some(MeasureSource { root, bitmaps })).await
             }
             Err(error) => Err(error),
@@ -387,24 +386,26 @@ impl Change {
             .take()
             .amend_begin(&options)
             .map_err(|error| self.cannot("amend", id, &error))?;
-        // Read anew afterwards, from the image.
-        let kept = self.kept_bitmaps(id);
-        let begun = Rc::new(Cell::new(false));
-        let begins = Rc::clone(&begun);
+        let (control, begun) = (self.control().clone(), Rc::new(Cell::new(false)));
+        let has_begun = Rc::clone(&begun);
         let work: Work<()> = Box::new(move |driver, root| {
             async move {
-                begins.set(true);
+                // They are read anew with the image.
+                let node = root.node();
+                let kept = |graph: &Graph| graph.nodes[&node].bitmaps.kept();
+                let kept = control.read(kept);
                 if !kept.is_empty() {
                     driver.store_bitmaps(Rc::clone(&root), kept).await?;
                 }
+                begun.set(true);
                 driver.amend(root, options, force).await
             }
             .boxed_local()
         });
         let amended = self.claimed(id, Claim::changing("amend"), work).await;
         driver.take().amend_end();
-        if !begun.get() {
-            // Nobody has drained the node.
+        if !has_begun.get() {
+            // It may not even be drained, nor are its bitmaps stored.
             return amended;
         }
         // Also after a failure: some of it may have been done.

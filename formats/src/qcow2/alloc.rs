@@ -378,42 +378,54 @@ impl Image {
         let mut table = self.refcounts.table();
         table.resize((clusters << g.cluster_bits) as usize / 8, 0);
         for index in 0..blocks {
+            table[(block + index) as usize] = place.0 + (index << g.cluster_bits);
+        }
+        let table_place = HostOffset(place.0 + (blocks << g.cluster_bits));
+        let written = self.write_table(io, place, blocks, used, &table).await;
+        if let Err(error) = written {
+            // Nothing names it, and nothing counts it.
+            self.metadata.remove(place, used << g.cluster_bits);
+            return Err(error);
+        }
+        let mut fields = table_place.0.to_be_bytes().to_vec();
+        fields.extend((clusters as u32).to_be_bytes());
+        let at = HostOffset(field::REFCOUNT_TABLE);
+        self.switch_header(io, at, &fields).await?;
+        let old_place = self.refcounts.place();
+        let old_clusters = {
+            let mut header = self.header();
+            header.refcount_table_offset = table_place.0;
+            std::mem::replace(&mut header.refcount_table_clusters, clusters as u32)
+        };
+        self.refcounts.replace_table(table_place, table);
+        self.let_go(io, old_place, u64::from(old_clusters));
+        Ok(())
+    }
+
+    /// Writes a new refcount table behind its `blocks` blocks, durably. From `place` on they count `used`
+    /// clusters: themselves.
+    async fn write_table(
+        &self,
+        io: Io<'_>,
+        place: HostOffset,
+        blocks: u64,
+        used: u64,
+        table: &[u64],
+    ) -> Result<(), IoError> {
+        let g = self.geometry;
+        let per_block = g.block_counts();
+        for index in 0..blocks {
             let counted = used.saturating_sub(index * per_block).min(per_block);
             let mut counts = vec![0; g.cluster_bytes() as usize];
             for count in 0..counted as usize {
                 set_refcount(&mut counts, g.refcount_order, count, 1);
             }
             let host = HostOffset(place.0 + (index << g.cluster_bits));
-            table[(block + index) as usize] = host.0;
             write_bytes(io, host, &counts).await?;
         }
-        let table_place = HostOffset(place.0 + (blocks << g.cluster_bits));
-        write_bytes(io, table_place, &from_words(&table)).await?;
-        io.child(FILE).flush().await?;
-        let old_place = self.refcounts.place();
-        let (old_clusters, fields) = {
-            let mut header = self.header();
-            let old_clusters = u64::from(header.refcount_table_clusters);
-            header.refcount_table_offset = table_place.0;
-            header.refcount_table_clusters = clusters as u32;
-            let mut fields = table_place.0.to_be_bytes().to_vec();
-            fields.extend((clusters as u32).to_be_bytes());
-            (old_clusters, fields)
-        };
-        write_bytes(io, HostOffset(field::REFCOUNT_TABLE), &fields).await?;
-        io.child(FILE).flush().await?;
-        self.refcounts.replace_table(table_place, table);
-        self.metadata
-            .remove(old_place, old_clusters << g.cluster_bits);
-        self.free(
-            io,
-            Freed {
-                host: old_place,
-                clusters: old_clusters,
-                cause: Cause::Other,
-            },
-        );
-        Ok(())
+        let behind = HostOffset(place.0 + (blocks << g.cluster_bits));
+        write_bytes(io, behind, &from_words(table)).await?;
+        io.child(FILE).flush().await
     }
 
     /// Adds to a cluster's count; loads what is needed.

@@ -3,16 +3,16 @@
 use std::io::Read;
 
 use blockcore::IoError;
-use blockcore::driver::WriteFlags;
 use blockcore::io::Io;
 use blockcore::io::buffer::Segments;
 use flate2::{Compress, Decompress, FlushCompress, FlushDecompress, Status};
 
 use super::alloc::{Class, Reserved};
-use super::image::{FILE, Image};
+use super::image::{FILE, Image, write_bytes};
 use super::layout::HostOffset;
 use super::layout::entry::L2Entry;
 use super::layout::header::Compression;
+use super::limbo::{Cause, Freed};
 use super::mapping::Extent;
 use super::refcount::ClusterNumber;
 
@@ -163,15 +163,24 @@ impl Image {
         self.entry(io, cluster).await?;
         let bytes = data.len() as u64;
         let host = self.place_for_compressed(io, bytes).await?;
-        let segments = Segments::allocate(data.len(), 4096);
-        segments.copy_from(&data);
-        io.child(FILE).event("write_compressed").await?;
-        // A failure leaks the place: others may follow it already.
-        io.child(FILE)
-            .write(host.0, segments, WriteFlags::empty())
-            .await?;
+        if let Err(error) = self.write_packed(io, host, &data).await {
+            // Others may follow it already, and count their clusters for themselves.
+            let begin = g.cluster_start(host.0);
+            let freed = Freed {
+                host: HostOffset(begin),
+                clusters: g.clusters(host.0 + bytes - begin),
+                cause: Cause::Other,
+            };
+            self.free(io, freed);
+            return Err(error);
+        }
         self.publish(io, cluster, 1, |_, _| L2Entry::compressed(host, bytes, g))
             .await
+    }
+
+    async fn write_packed(&self, io: Io<'_>, host: HostOffset, data: &[u8]) -> Result<(), IoError> {
+        io.child(FILE).event("write_compressed").await?;
+        write_bytes(io, host, data).await
     }
 
     /// Room for a compressed cluster: after the last one if there is some, also across the end of its host
@@ -192,7 +201,16 @@ impl Image {
             self.set_tail(begin + bytes);
             return Ok(HostOffset(begin));
         }
-        let next: Reserved = self.allocate(io, Class::Data, 1).await?;
+        let next: Reserved = match self.allocate(io, Class::Data, 1).await {
+            Ok(next) => next,
+            Err(error) => {
+                if let Some(begin) = tail {
+                    self.add_count(io, begin >> bits, -1).await?;
+                    self.set_tail(begin);
+                }
+                return Err(error);
+            }
+        };
         let start = next.start << bits;
         let begin = match tail {
             Some(begin) if begin.next_multiple_of(cluster_bytes) == start => begin,

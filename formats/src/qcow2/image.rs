@@ -229,6 +229,31 @@ impl Image {
         IoError::Failed
     }
 
+    /// Changes fields of the header so that it names something else, durably. What it names is durable.
+    ///
+    /// Where that fails nobody knows which header there is: what is changed from here on may be changed in
+    /// vain, so nothing more is done with the image until it is opened again.
+    pub(super) async fn switch_header(
+        &self,
+        io: Io<'_>,
+        place: HostOffset,
+        fields: &[u8],
+    ) -> Result<(), IoError> {
+        let written = match write_bytes(io, place, fields).await {
+            Ok(()) => io.child(FILE).flush().await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = written {
+            self.gate.break_off();
+            tracing::error!(
+                "the header of '{}' could not be written ({error}); nothing more is done with the image until \
+                 it is opened again",
+                io.name()
+            );
+        }
+        written
+    }
+
     async fn mark_corrupt(&self, io: Io<'_>) {
         let features = {
             let mut header = self.header();

@@ -132,7 +132,8 @@ pub(super) async fn open_image(
         }
     }
     let snapshots = read_snapshots(source, &header).await?;
-    let shows_snapshot = show_snapshot(source, options, modes, &snapshots, &mut header)?;
+    let disk_bytes = header.bytes;
+    show_snapshot(source, options, modes, &snapshots, &mut header)?;
     let l1_bytes = 8 * u64::from(header.l1_entries);
     let l1 = source.read("L1 table", header.l1_offset, l1_bytes).await?;
     let mut l1: Vec<_> = words(&l1).map(L1Entry).collect();
@@ -163,7 +164,8 @@ pub(super) async fn open_image(
         );
     }
     let mut loaded = Loaded::default();
-    if !shows_snapshot {
+    // A snapshot of another length than the disk has nothing to do with its bitmaps.
+    if header.bytes == disk_bytes {
         let metadata = writable.then_some(&metadata);
         loaded = bitmaps::load::load(source, &header, metadata, &mut budget).await?;
     }
@@ -241,21 +243,21 @@ async fn read_snapshots(source: &Source, header: &Header) -> Result<Snapshots, E
 }
 
 /// Makes the header that of the snapshot which options name, if they do: its L1 table, and the disk's length
-/// then. Says whether they do.
+/// then.
 fn show_snapshot(
     source: &Source,
     options: &Options,
     modes: OpenModes,
     snapshots: &Snapshots,
     header: &mut Header,
-) -> Result<bool, Error> {
+) -> Result<(), Error> {
     let given = |name: &str| options.get(name).filter(|text| !text.is_empty());
     let which = SnapshotRef {
         id: given("snapshot.id").map(str::to_owned),
         name: given("snapshot.name").map(str::to_owned),
     };
     if which == SnapshotRef::default() {
-        return Ok(false);
+        return Ok(());
     }
     let node = &source.node;
     if !modes.read_only {
@@ -281,7 +283,7 @@ fn show_snapshot(
             header.l1_entries, header.bytes
         )));
     }
-    Ok(true)
+    Ok(())
 }
 
 /// What options say of a running image.

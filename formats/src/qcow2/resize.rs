@@ -227,13 +227,19 @@ impl Image {
         entries.resize(needed as usize, L1Entry::default());
         let table = L1Entry::table_bytes(&entries);
         self.metadata.add(place, clusters << g.cluster_bits);
-        write_bytes(io, place, &table).await?;
-        // The counts of its clusters too, before anything refers to them.
-        self.commit(io).await?;
+        let written = match write_bytes(io, place, &table).await {
+            // The counts of its clusters too, before anything refers to them.
+            Ok(()) => self.commit(io).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = written {
+            self.let_go(io, place, clusters);
+            return Err(error);
+        }
         let mut fields = (needed as u32).to_be_bytes().to_vec();
         fields.extend(place.0.to_be_bytes());
-        write_bytes(io, HostOffset(field::L1), &fields).await?;
-        io.child(FILE).flush().await?;
+        self.switch_header(io, HostOffset(field::L1), &fields)
+            .await?;
         {
             let mut header = self.header();
             header.l1_entries = needed as u32;
@@ -246,16 +252,21 @@ impl Image {
         }
         let old_clusters = g.clusters(old_entries * 8);
         if old_clusters > 0 {
-            let old_bytes = old_clusters << g.cluster_bits;
-            self.metadata.remove(old_place, old_bytes);
-            let freed = Freed {
-                host: old_place,
-                clusters: old_clusters,
-                cause: Cause::Other,
-            };
-            self.free(io, freed);
+            self.let_go(io, old_place, old_clusters);
         }
         Ok(())
+    }
+
+    /// These clusters held metadata, and do not any more.
+    pub(super) fn let_go(&self, io: Io<'_>, host: HostOffset, clusters: u64) {
+        self.metadata
+            .remove(host, clusters << self.geometry.cluster_bits);
+        let freed = Freed {
+            host,
+            clusters,
+            cause: Cause::Other,
+        };
+        self.free(io, freed);
     }
 }
 

@@ -47,6 +47,8 @@ struct Case {
     verb: Verb,
     /// Offsets of the halves.
     writes: [Vec<u64>; 2],
+    /// What completed survives a kill, and is looked for.
+    keeps: bool,
 }
 
 impl Case {
@@ -80,6 +82,7 @@ impl Case {
             bitmaps: ["a", "b"][..count].to_vec(),
             verb,
             writes,
+            keeps: random.below(2) == 0,
         }
     }
 
@@ -147,9 +150,15 @@ impl World {
     fn new(seed: u64, image: &[u8]) -> Self {
         let simulation = Simulation::new(seed);
         simulation.load_file(PATH, FileProperties::default(), image);
+        Self::begin(simulation, false)
+    }
+
+    /// A process begins.
+    fn begin(simulation: Simulation, keeps: bool) -> Self {
         let worker = simulation.worker();
         let graph = Graph::new(formats::drivers());
         let control = Control::new(graph, Rc::clone(worker.context()));
+        control.set_runtime_directory(keeps.then(|| "/run".into()));
         Self {
             simulation,
             worker,
@@ -157,8 +166,25 @@ impl World {
         }
     }
 
+    /// The process after a kill opens the image, finds what completed, and closes it.
+    fn begin_again(self) -> Self {
+        let world = Self::begin(self.simulation, true);
+        let control = world.control.clone();
+        let life = async move {
+            control.add(Options::parse(OPEN, None)?).await?;
+            control.remove("disk").await
+        };
+        let lived = world.simulation.run(&world.worker, LIMIT, life);
+        lived
+            .unwrap_or_else(|_| panic!("it ends"))
+            .expect("nothing fails");
+        world
+    }
+
     /// Lives for as long as `limit`; `None` if it was not over by then.
     fn live(&self, case: &Case, limit: Duration) -> Option<Result<(), Error>> {
+        let directory = case.keeps.then(|| "/run".into());
+        self.control.set_runtime_directory(directory);
         let life = case.clone().live(self.control.clone());
         self.simulation.run(&self.worker, limit, life).ok()
     }
@@ -264,6 +290,10 @@ fn cut(case: &Case, totals: &mut Totals) {
             true => world.simulation.kill(),
             false => world.simulation.power_cut(),
         }
+        let world = match is_kill && case.keeps {
+            true => world.begin_again(),
+            false => world,
+        };
         world.dump(&left);
         let when = format!("cut {index}, after {share} permille, kill: {is_kill}");
         check(case, &left, &when, totals);
@@ -312,5 +342,27 @@ fn fail(case: &Case, totals: &mut Totals) {
         world.dump(&left);
         let when = format!("attempt {attempt}: {lived:?}");
         check(case, &left, &when, totals);
+    }
+}
+
+#[cfg(feature = "planted-faults")]
+#[test]
+fn mistakes_with_bitmaps_are_found() {
+    use blockcore::fault::{self, Fault};
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    for (name, planted) in Fault::BITMAPS {
+        let fails = |seed: u64, planted: Option<Fault>| {
+            let case = Case::new(seed);
+            fault::plant(planted);
+            let run = AssertUnwindSafe(|| cut(&case, &mut Totals::default()));
+            let outcome = catch_unwind(run);
+            fault::plant(None);
+            outcome.is_err()
+        };
+        let found = (1..=20).find(|seed| fails(*seed, Some(planted)));
+        let seed = found.unwrap_or_else(|| panic!("{name}: not found within 20 seeds"));
+        eprintln!("{name}: seed {seed}");
+        assert!(!fails(seed, None), "seed {seed} fails by itself");
     }
 }

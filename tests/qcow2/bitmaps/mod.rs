@@ -1,9 +1,10 @@
 //! Persistent bitmaps: by us and by QEMU's tools in turns (`differential`), cut off at any moment (`cut`), and
-//! in images that nobody should believe (`hostile`).
+//! in images that nobody should believe (`hostile`); through a daemon (`served`).
 
 mod cut;
 mod differential;
 mod hostile;
+mod served;
 
 use std::path::Path;
 
@@ -327,4 +328,29 @@ fn bitmaps_are_stored_when_a_node_stops_writing_and_recorded_again_when_it_may_w
     let marks = [(0, 2 * CLUSTER), (5 * CLUSTER, CLUSTER)];
     assert_eq!(marked_by_qemu(&path, "b"), marks);
     assert_clean(&path, "at the end");
+}
+
+#[test]
+fn an_amended_image_has_the_bitmaps_that_its_disk_had() {
+    let images = Images::new();
+    let path = image(&images, "cluster_size=4096", "1M");
+    let process = Process::new();
+    let disk = process.open(&open(&path)).unwrap();
+    add(&disk, persistent("kept")).unwrap();
+    disk.write(CLUSTER, &[1; 4096]);
+    let amend = |disk: &Disk, options| disk.amend(options, false);
+    amend(&disk, "refcount-bits=64").unwrap();
+    disk.write(5 * CLUSTER, &[2; 4096]);
+    assert_eq!(
+        marked(&disk, "kept"),
+        [(CLUSTER, 4096), (5 * CLUSTER, 4096)]
+    );
+    // Nothing is done then, and nothing is lost.
+    amend(&disk, "version=v2").unwrap_err();
+    disk.write(9 * CLUSTER, &[3; 4096]);
+    let expected = [1, 5, 9].map(|n| (n * CLUSTER, 4096));
+    assert_eq!(marked(&disk, "kept"), expected);
+    disk.close().unwrap();
+    assert_clean(&path, "closed");
+    assert_eq!(marked_by_qemu(&path, "kept"), expected);
 }

@@ -521,6 +521,8 @@ fn look_at_tables(walk: &Walk<'_>, after: &[u8], asked: &Asked) -> Result<(), St
         Claim::L2(_, is_own) => !is_own,
         // A table that has become too short is moved.
         Claim::RefcountTable => true,
+        // They are stored anew when the image is closed.
+        Claim::BitmapDirectory | Claim::BitmapTable | Claim::BitmapData => true,
         _ => false,
     };
     let mut blocks = walk.claims.values();

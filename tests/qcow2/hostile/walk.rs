@@ -35,10 +35,7 @@ impl Claim {
     /// What the guest of no disk may ever write to, and no change of the disk's needs to.
     pub(crate) fn is_kept_as_it_is(self) -> bool {
         use Claim::*;
-        matches!(
-            self,
-            SnapshotTable | SnapshotL1 | SnapshotL2 | BitmapDirectory | BitmapTable | BitmapData
-        )
+        matches!(self, SnapshotTable | SnapshotL1 | SnapshotL2)
     }
 
     /// What holds a guest's bytes.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use blockcore::Error;
 use blockcore::dirty_bitmap::{Bits, KeptBitmap, MAX_GRANULARITY_BYTES};
 
-use super::{Entry, MAX_BITS_BYTES, bits_bytes};
+use super::{Belief, Entry, MAX_BITS_BYTES, bits_bytes};
 use crate::qcow2::layout::Geometry;
 use crate::qcow2::layout::bitmap::{Bitmap, BitmapCluster};
 use crate::qcow2::layout::bytes::words;
@@ -93,7 +93,12 @@ pub(in crate::qcow2) async fn load(
                 inconsistent: !is_valid,
             });
         }
-        loaded.list.push(Entry { bitmap, is_known });
+        let belief = match (is_known, is_valid) {
+            (false, _) => Belief::Unknown,
+            (true, true) => Belief::Valid,
+            (true, false) => Belief::Nothing,
+        };
+        loaded.list.push(Entry { bitmap, belief });
     }
     Ok(loaded)
 }

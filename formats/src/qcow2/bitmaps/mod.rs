@@ -41,6 +41,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
 use blockcore::dirty_bitmap::KeptBitmap;
+use blockcore::fault::{self, Fault};
 use blockcore::io::Io;
 use blockcore::io::tracked::Tracker;
 use blockcore::{Error, ErrorKind, IoError};
@@ -70,8 +71,18 @@ pub(super) struct Bitmaps {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Entry {
     pub(super) bitmap: Bitmap,
-    /// We know all about it: it is the node's.
-    pub(super) is_known: bool,
+    pub(super) belief: Belief,
+}
+
+/// What is believed of a bitmap in the image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Belief {
+    /// What it says, when it was read or stored: the node has it since then.
+    Valid,
+    /// That it means nothing: it was in use when the image was opened.
+    Nothing,
+    /// We do not know all about it, and leave it alone.
+    Unknown,
 }
 
 impl Entry {
@@ -81,7 +92,7 @@ impl Entry {
 
     /// It would be wrong once something is written.
     fn must_be_in_use(&self) -> bool {
-        self.is_known || self.bitmap.flags & Bitmap::AUTO != 0
+        self.belief != Belief::Unknown || self.bitmap.flags & Bitmap::AUTO != 0
     }
 }
 
@@ -126,10 +137,11 @@ impl Bitmaps {
         (!described.is_empty()).then(|| format!("[{}]", described.join(", ")))
     }
 
-    /// Whether the disk may get another length: a bitmap that is not the node's would keep its own.
+    /// Whether the disk may get another length: a bitmap of which nothing is known would keep its own, and
+    /// one that means nothing is not changed.
     fn can_be_resized(&self) -> bool {
         let list = self.list();
-        list.iter().all(|entry| entry.is_known)
+        list.iter().all(|entry| entry.belief == Belief::Valid)
     }
 }
 
@@ -175,9 +187,11 @@ impl Image {
         for entry in list.iter_mut().filter(|entry| entry.must_be_in_use()) {
             entry.bitmap.flags |= Bitmap::IN_USE;
         }
-        // The same bytes but for flags, which never cross a sector.
-        write_bytes(io, place, &directory(&list)).await?;
-        io.child(FILE).flush().await?;
+        if !fault::is_planted(Fault::BitmapsNotInUse) {
+            // The same bytes but for flags, which never cross a sector.
+            write_bytes(io, place, &directory(&list)).await?;
+            io.child(FILE).flush().await?;
+        }
         self.bitmaps.replace(list);
         self.allow_plain_writes();
         Ok(())
@@ -255,7 +269,7 @@ fn new_entry(bitmap: &KeptBitmap) -> Entry {
             name: bitmap.name.clone(),
             extra: Vec::new(),
         },
-        is_known: true,
+        belief: Belief::Valid,
     }
 }
 
@@ -269,7 +283,7 @@ fn directory(entries: &[Entry]) -> Vec<u8> {
 mod tests {
     use super::*;
 
-    fn entry(name: &str, flags: u32, is_known: bool) -> Entry {
+    fn entry(name: &str, flags: u32, belief: Belief) -> Entry {
         let bitmap = Bitmap {
             table_offset: 0x1_0000,
             table_entries: 1,
@@ -278,25 +292,25 @@ mod tests {
             name: name.into(),
             extra: Vec::new(),
         };
-        Entry { bitmap, is_known }
+        Entry { bitmap, belief }
     }
 
     #[test]
     fn writes_wait_until_no_bitmap_claims_to_be_up_to_date() {
         let are_in_use = |list: &[Entry]| Bitmaps::new(list.to_vec()).are_in_use();
         assert!(are_in_use(&[]));
-        assert!(are_in_use(&[entry("a", Bitmap::IN_USE, true)]));
-        assert!(!are_in_use(&[entry("a", 0, true)]));
-        assert!(!are_in_use(&[entry("a", Bitmap::AUTO, false)]));
+        assert!(are_in_use(&[entry("a", Bitmap::IN_USE, Belief::Nothing)]));
+        assert!(!are_in_use(&[entry("a", 0, Belief::Valid)]));
+        assert!(!are_in_use(&[entry("a", Bitmap::AUTO, Belief::Unknown)]));
         // Nobody claims that this one follows writes.
-        assert!(are_in_use(&[entry("a", 0, false)]));
+        assert!(are_in_use(&[entry("a", 0, Belief::Unknown)]));
     }
 
     #[test]
     fn bitmaps_are_described_as_json() {
         let list = vec![
-            entry("a \"b\"\n", Bitmap::IN_USE | Bitmap::AUTO, true),
-            entry("c", 0, true),
+            entry("a \"b\"\n", Bitmap::IN_USE | Bitmap::AUTO, Belief::Nothing),
+            entry("c", 0, Belief::Valid),
         ];
         assert_eq!(Bitmaps::new(Vec::new()).describe(), None);
         assert_eq!(

@@ -1,6 +1,7 @@
 //! Storing bitmaps in the image, and removing them. In which order, and why, is told in the module above.
 
 use blockcore::dirty_bitmap::{Bits, KeptBitmap};
+use blockcore::fault::{self, Fault};
 use blockcore::io::Io;
 use blockcore::{Error, ErrorKind, IoError};
 
@@ -12,7 +13,6 @@ use crate::qcow2::layout::bitmap::{Bitmap, BitmapCluster};
 use crate::qcow2::layout::bytes::{from_words, words};
 use crate::qcow2::layout::extension::{BitmapDirectory, MAX_DIRECTORY_BYTES};
 use crate::qcow2::layout::header::{Features, MAX_BITMAPS};
-use crate::qcow2::limbo::{Cause, Freed};
 
 /// Clusters side by side: where, and how many.
 type Place = (HostOffset, u64);
@@ -37,6 +37,17 @@ impl Image {
         io: Io<'_>,
         kept: Vec<KeptBitmap>,
     ) -> Result<(), Error> {
+        let bytes = self.bytes();
+        if let Some(other) = kept.iter().find(|bitmap| bitmap.bits.length() != bytes) {
+            let text = format!(
+                "cannot store bitmaps in the image of node '{}': bitmap '{}' is over {} bytes, and the disk has \
+                 {bytes}",
+                io.name(),
+                other.name,
+                other.bits.length()
+            );
+            return Err(Error::invalid(text));
+        }
         let before = self.bitmaps.list().clone();
         let is_stored = |bitmap: &KeptBitmap| {
             let mut entries = before.iter();
@@ -200,7 +211,7 @@ impl Image {
         let (next, directory, steps) = match written {
             Ok(written) => written,
             Err(failure) => {
-                self.let_go(io, new);
+                self.let_all_go(io, new);
                 return Err(failure);
             }
         };
@@ -231,7 +242,7 @@ impl Image {
         self.bitmaps.replace(next);
         // What is up to date now has to be looked at before the next write.
         self.allow_plain_writes();
-        self.let_go(io, old);
+        self.let_all_go(io, old);
         Ok(())
     }
 
@@ -255,7 +266,9 @@ impl Image {
                 bytes: bytes.len() as u64,
             }),
         };
-        self.commit(io).await?;
+        if !fault::is_planted(Fault::BitmapsNamedEarly) {
+            self.commit(io).await?;
+        }
         let g = self.geometry;
         let length = g.cluster_bytes().min(io.child(FILE).bytes());
         let mut cluster = read_bytes(io, HostOffset(0), length).await?;
@@ -293,19 +306,9 @@ impl Image {
     }
 
     /// Nothing refers to these any more.
-    fn let_go(&self, io: Io<'_>, places: Vec<Place>) {
+    fn let_all_go(&self, io: Io<'_>, places: Vec<Place>) {
         for (host, clusters) in places {
-            self.metadata
-                .remove(host, clusters << self.geometry.cluster_bits);
-            let cause = Cause::Other;
-            self.free(
-                io,
-                Freed {
-                    host,
-                    clusters,
-                    cause,
-                },
-            );
+            self.let_go(io, host, clusters);
         }
     }
 

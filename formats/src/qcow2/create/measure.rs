@@ -13,11 +13,10 @@ use blockcore::{Error, ErrorKind};
 
 use super::plan::Plan;
 use super::spec::{CREATE_OPTIONS, Spec};
+use crate::qcow2::layout::bitmap::entry_bytes;
 
 /// Disks have a whole number of sectors.
 const SECTOR_BYTES: u64 = 512;
-/// Bytes of a bitmap's entry in the directory, without its name.
-const ENTRY_BYTES: u64 = 24;
 
 /// See [`DriverType::measure`](blockcore::driver::DriverType::measure).
 ///
@@ -64,22 +63,22 @@ pub(in super::super) async fn measure(
         fully_allocated_bytes,
         bitmaps_bytes: source
             .and_then(|source| source.bitmaps)
-            .filter(|_| spec.geometry().zero_flag)
+            .filter(|_| spec.version >= 3)
             .map(|bitmaps| bitmaps_bytes(&bitmaps, cluster)),
     })
 }
 
-/// Bytes that bitmaps take, as if every bit were set: their parts, tables of these, and the directory.
+/// Bytes of clusters for bitmaps with a bit set in each: bits, tables and the directory.
 fn bitmaps_bytes(bitmaps: &[KeptBitmap], cluster: u64) -> u64 {
-    let (mut bytes, mut directory) = (0, 0);
+    let (mut bytes, mut directory) = (0, 0_u64);
     for bitmap in bitmaps {
         let bits = bitmap
             .bits
             .length()
             .div_ceil(bitmap.bits.granularity_bytes());
-        let parts = bits.div_ceil(8 * cluster);
-        bytes += parts * cluster + (8 * parts).next_multiple_of(cluster);
-        directory += (ENTRY_BYTES + bitmap.name.len() as u64).next_multiple_of(8);
+        let clusters = bits.div_ceil(8).div_ceil(cluster);
+        bytes += clusters * cluster + (clusters * 8).next_multiple_of(cluster);
+        directory += entry_bytes(0, bitmap.name.len());
     }
     bytes + directory.next_multiple_of(cluster)
 }

@@ -106,7 +106,7 @@ pub(super) struct Spec {
     /// Length of the disk.
     pub(super) bytes: u64,
     pub(super) preallocation: Preallocation,
-    version: u32,
+    pub(super) version: u32,
     cluster_bits: u32,
     refcount_order: u32,
     lazy_refcounts: bool,

@@ -176,8 +176,7 @@ impl Bitmap {
 
     /// Bytes of its entry in a directory.
     pub(crate) fn entry_bytes(&self) -> u64 {
-        let bytes = HEAD_BYTES + self.extra.len() + self.name.len();
-        bytes.next_multiple_of(8) as u64
+        entry_bytes(self.extra.len(), self.name.len())
     }
 
     /// The directory of these bitmaps.
@@ -197,6 +196,11 @@ impl Bitmap {
         }
         bytes
     }
+}
+
+/// Bytes of a directory's entry with so many of extra data and of a name.
+pub(crate) fn entry_bytes(extra: usize, name: usize) -> u64 {
+    (HEAD_BYTES + extra + name).next_multiple_of(8) as u64
 }
 
 /// An entry of a bitmap's table: what a cluster of the bitmap is.

@@ -363,15 +363,10 @@ impl Image {
         header.refcount_table_clusters = g.clusters(8 * written.table.len() as u64) as u32;
         header.snapshots = next.snapshots.len() as u32;
         header.snapshots_offset = snapshots_place.0;
-        if let Err(error) = self.switch_header(io, &header.fields()).await {
-            self.gate.break_off();
-            tracing::error!(
-                "the header of '{}' could not be written ({error}); nothing more is done with the image until \
-                 it is opened again",
-                io.name()
-            );
-            return Err(error.into());
-        }
+        // From the disk's length to the place of the snapshot table.
+        let fields = &header.fields()[SWITCHED];
+        let place = HostOffset(field::BYTES);
+        self.switch_header(io, place, fields).await?;
         *self.header() = header;
         *self.snapshots() = Snapshots {
             list: next.snapshots,
@@ -386,12 +381,6 @@ impl Image {
         self.cache.forget(|_| true);
         self.go_on(io, written, next.passes_discards).await;
         Ok(())
-    }
-
-    /// Changes all fields at once.
-    async fn switch_header(&self, io: Io<'_>, header: &[u8]) -> Result<(), IoError> {
-        write_bytes(io, HostOffset(field::BYTES), &header[SWITCHED]).await?;
-        io.child(FILE).flush().await
     }
 
     /// The counts are those of the draft from now on.
