@@ -74,6 +74,25 @@ fn what_was_written_is_read_back_in_pieces_of_any_shape() {
 }
 
 #[test]
+fn operations_of_one_turn_go_to_the_kernel_with_one_call() {
+    let Ok(engine) = uring::Uring::new() else {
+        return eprintln!("io_uring not tested");
+    };
+    let file = scratch(&engine);
+    let mut events = Vec::new();
+    engine.poll(&mut events);
+    let mut syncs: Vec<_> = (0..5)
+        .map(|_| OpFuture::start(&engine, Op::Sync { file: file.id() }))
+        .collect();
+    assert_eq!(engine.waiting(), 5);
+    engine.poll(&mut events);
+    assert_eq!(engine.waiting(), 0);
+    for sync in syncs.drain(..) {
+        assert_eq!(run(&engine, sync).0, Ok(0));
+    }
+}
+
+#[test]
 fn a_hole_reads_as_zeroes_and_the_length_stays() {
     for engine in engines() {
         let file = scratch(&*engine);

@@ -230,6 +230,12 @@ impl Uring {
         }
     }
 
+    /// How many operations the kernel has not been given yet.
+    #[cfg(test)]
+    pub(super) fn waiting(&self) -> usize {
+        self.ring.borrow_mut().submission().len()
+    }
+
     /// Takes completions out of the ring.
     fn reap(&self, events: &mut Vec<Event>) {
         events.append(&mut self.early.borrow_mut());
