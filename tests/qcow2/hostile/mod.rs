@@ -546,13 +546,17 @@ fn look_at_tables(walk: &Walk<'_>, after: &[u8], asked: &Asked) -> Result<(), St
 /// The header says the same, but for what is changed in order.
 fn look_at_header(before: &[u8], after: &[u8], asked: &Asked) -> Result<(), String> {
     let bytes = before.len().min(after.len()).min(512);
+    let mut words = before[..bytes].chunks(8);
+    let bitmaps = words.position(|word| word.starts_with(&[0x23, 0x85, 0x28, 0x75]));
+    // Where the directory of bitmaps is: they are stored anew when the image is closed.
+    let bitmaps = bitmaps.map_or(0..0, |word| 8 * word..8 * word + 32);
     for at in 0..bytes {
         let (was, is) = (before[at], after[at]);
         let may_change = match at {
             24..72 => asked.changes_snapshots() || asked.resized || (48..60).contains(&at),
             // Marked as corrupt; or as in use no more.
             72..80 | 88..96 => true,
-            _ => false,
+            at => bitmaps.contains(&at),
         };
         if was != is && !may_change {
             return Err(format!(
