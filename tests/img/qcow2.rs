@@ -630,8 +630,12 @@ fn amended_images_are_what_qemus_become() {
 fn images_become_as_large_as_qemu_says() {
     let pair = chain();
     prepare(&pair, "qemu-img", &["snapshot", "-c", "one", "top.qcow2"]);
+    let with_bitmaps = ["create", "-q", "-f", "qcow2", "bits.qcow2", "1M"];
+    prepare(&pair, "qemu-img", &with_bitmaps);
     for (granularity, name) in [("64k", "one"), ("512", "another")] {
-        let add = ["bitmap", "--add", "-g", granularity, "mid.qcow2", name];
+        // An image of their own: QEMU guesses from the space that bitmaps take or leave whether to look for
+        // holes in an image's file.
+        let add = ["bitmap", "--add", "-g", granularity, "bits.qcow2", name];
         prepare(&pair, "qemu-img", &add);
     }
     let old = [
@@ -686,6 +690,7 @@ fn images_become_as_large_as_qemu_says() {
             &["-f", "raw", "base.raw"],
             &["-f", "qcow2", "mid.qcow2"],
             &["-f", "qcow2", "top.qcow2"],
+            &["-f", "qcow2", "bits.qcow2"],
             &["-f", "qcow2", "old.qcow2"],
             &["-f", "qcow2", "-l", "one", "top.qcow2"],
             &["-f", "qcow2", "-l", "snapshot.id=1", "top.qcow2"],

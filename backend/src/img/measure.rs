@@ -70,12 +70,7 @@ pub(super) async fn run(program: Rc<Program>, args: MeasureArgs) -> Result<u8, F
             let bytes = image.bytes().next_multiple_of(SECTOR_BYTES);
             options.set("size", bytes.to_string());
             let node = image.look(|node| node.name().to_owned());
-            let mut measured = program.measure(format, options, Some(&node), bytes).await?;
-            let specific = image.look(|node| node.io().info().specific);
-            if specific.contains(&("compat", "0.10".to_owned())) {
-                // No bitmaps were ever in it, and none are promised.
-                measured.bitmaps_bytes = None;
-            }
+            let measured = program.measure(format, options, Some(&node), bytes).await?;
             image.close().await?;
             measured
         }

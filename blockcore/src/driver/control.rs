@@ -215,7 +215,7 @@ pub trait Driver {
         None
     }
 
-    /// Whether images of this driver can keep bitmaps: what follows is asked for only then, but for
+    /// Whether an image like this can keep bitmaps: what follows is asked for only then, but for
     /// [`check_new_bitmap`](Self::check_new_bitmap).
     fn keeps_bitmaps(&self) -> bool {
         false

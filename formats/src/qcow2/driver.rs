@@ -257,7 +257,7 @@ impl Driver for Qcow2Driver {
     }
 
     fn keeps_bitmaps(&self) -> bool {
-        true
+        self.image.header().version >= 3
     }
 
     fn check_new_bitmap(&self, kept: &[KeptBitmap], new: &KeptBitmap) -> Result<(), Error> {
