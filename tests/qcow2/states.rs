@@ -114,24 +114,6 @@ fn an_image_that_is_marked_as_corrupt_is_refused_for_writing_only() {
     assert!(fs::read(&path).unwrap() == bytes);
 }
 
-/// A backup of what a bitmap says has changed would have missed what was written without it.
-#[test]
-fn a_bitmap_is_not_up_to_date_once_an_image_was_opened_for_writing_and_is_once_it_was_read() {
-    let images = Images::new();
-    let path = images.path("image");
-    create(&path, "cluster_size=64k", &[]);
-    qemu("qemu-img", &["bitmap", "--add", name(&path), "b"]);
-    let autoclear = || fs::read(&path).unwrap()[95];
-    assert_eq!(autoclear() & 1, 1);
-    Process::new().read_all(&options(&path)).unwrap();
-    assert_eq!(autoclear() & 1, 1);
-    let disk = open(&path);
-    assert_eq!(autoclear() & 1, 0);
-    disk.write(0, &[1; 512]);
-    disk.close().unwrap();
-    assert_eq!(autoclear() & 1, 0);
-}
-
 /// The guest would have found what had been there before, or what the backing image has.
 #[test]
 fn what_is_zeroed_or_discarded_in_an_overlay_reads_as_zeroes_to_everybody() {

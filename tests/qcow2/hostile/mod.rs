@@ -3,7 +3,8 @@
 //! No panic, no wait without end, no memory in proportion to what an image claims. And what is not asked for
 //! stays as it is, so far as an image that is not whole allows to say what that is:
 //!
-//! * Of a snapshot or bitmap no table changes, whatever else says that it is data, is free or is a table.
+//! * Of a snapshot no table changes, whatever else says that it is data, is free or is a table. Bitmaps are
+//!   stored anew.
 //! * Nothing of the guest's is written where the header, an active table or a count is. Of these only that
 //!   changes which belongs to what was asked for.
 //! * A cluster with data that nobody asked to change keeps its bytes, if its count covers all who refer to it
@@ -205,12 +206,10 @@ fn leaks_to_come(bytes: &[u8]) -> u64 {
     let Some(walk) = Walk::new(bytes) else {
         return 0;
     };
-    let is_bitmap = |claim: &Claim| {
-        use Claim::*;
-        matches!(claim, BitmapDirectory | BitmapTable | BitmapData)
-    };
     let claims = walk.claims.values();
-    let bitmaps = claims.filter(|claims| claims.iter().any(is_bitmap)).count() as u64;
+    let bitmaps = claims
+        .filter(|claims| claims.iter().any(|claim| claim.is_bitmap()))
+        .count() as u64;
     let end = (bytes.len() as u64).div_ceil(walk.cluster_bytes());
     let behind = (end..end + 4096).filter(|cluster| walk.count(*cluster) > 0);
     bitmaps + behind.count() as u64
@@ -438,7 +437,8 @@ fn look(before: &[u8], after: &[u8], asked: &Asked) -> Result<u64, String> {
             }
         }
         // A table that is not the disk's own is copied, and may be let go of.
-        let is_needed = |claim: &Claim| !claim.is_data() && !matches!(claim, Claim::L2(_, false));
+        let is_shared = |claim: &Claim| matches!(claim, Claim::L2(_, false));
+        let is_needed = |claim: &Claim| !claim.is_data() && !claim.is_bitmap() && !is_shared(claim);
         if claims.iter().any(is_needed) && has_guests(is) && !has_guests(was) {
             return Err(format!(
                 "a guest's bytes are at {begin:#x}, where there is {claims:?}: {asked:?}"
@@ -546,12 +546,18 @@ fn look_at_tables(walk: &Walk<'_>, after: &[u8], asked: &Asked) -> Result<(), St
 /// The header says the same, but for what is changed in order.
 fn look_at_header(before: &[u8], after: &[u8], asked: &Asked) -> Result<(), String> {
     let bytes = before.len().min(after.len()).min(512);
+    let has_bitmaps = Walk::new(before).is_some_and(|walk| {
+        let mut claims = walk.claims.values().flatten();
+        claims.any(|claim| claim.is_bitmap())
+    });
     for at in 0..bytes {
         let (was, is) = (before[at], after[at]);
         let may_change = match at {
             24..72 => asked.changes_snapshots() || asked.resized || (48..60).contains(&at),
             // Marked as corrupt; or as in use no more.
             72..80 | 88..96 => true,
+            // Its extensions tell where bitmaps are.
+            104.. => has_bitmaps,
             _ => false,
         };
         if was != is && !may_change {
