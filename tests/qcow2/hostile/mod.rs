@@ -31,7 +31,7 @@ use crate::setup::{Disk, Images, Process, qemu, qemu_output};
 use walk::{Claim, Walk, number};
 
 /// Images tried when nothing is said.
-const DEFAULT_SEEDS: u64 = 400;
+const DEFAULT_SEEDS: u64 = 250;
 const DISK_BYTES: u64 = 1 << 20;
 /// The most that a test of these may have in memory, beyond what it had before.
 const MOST_RESIDENT_BYTES: u64 = 600 << 20;
