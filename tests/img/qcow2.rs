@@ -580,6 +580,12 @@ fn amended_images_are_what_qemus_become() {
                 // QEMU makes an image that nobody can read.
                 continue;
             }
+            let has_other_width =
+                amendment.contains("refcount_bits") && !amendment.contains("refcount_bits=16");
+            if has_other_width && kind[1].contains("cluster_size=2M") {
+                // QEMU does not end.
+                continue;
+            }
             let pair = Pair::new();
             for directory in pair.directories() {
                 for name in ["a.qcow2", "data.raw"] {
@@ -639,7 +645,13 @@ fn images_become_as_large_as_qemu_says() {
         "1M",
     ];
     prepare(&pair, "qemu-img", &old);
-    // Where its data lies must have been settled: until then a file system may not know of holes.
+    for directory in pair.directories() {
+        for name in ["base.raw", "mid.qcow2", "top.qcow2", "old.qcow2"] {
+            // Without holes: where a file has many of them QEMU looks for more zeroes there.
+            let file = fs::read(directory.join(name)).unwrap();
+            fs::write(directory.join(name), file).unwrap();
+        }
+    }
     pair.settle();
     let options = [
         "size=1M",
