@@ -543,14 +543,15 @@ fn look_at_tables(walk: &Walk<'_>, after: &[u8], asked: &Asked) -> Result<(), St
     Ok(())
 }
 
-/// Where the header has the place of the bitmaps' directory.
+/// Where the header's extensions are, if one of them has the place of the bitmaps' directory: it goes, and
+/// those behind it move, where no bitmap is to be believed.
 fn bitmap_extension(header: &[u8]) -> std::ops::Range<usize> {
     let word = |at: usize| number(header, at as u64, 4).unwrap_or(0) as usize;
     let mut at = word(100);
     while at < 512 && word(at) != 0 {
         let end = at + 8 + word(at + 4).next_multiple_of(8);
         if word(at) == 0x2385_2875 {
-            return at + 8..end;
+            return word(100)..512;
         }
         at = end;
     }
