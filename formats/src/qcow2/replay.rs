@@ -193,6 +193,18 @@ impl Replay {
                 "cluster {cluster} is to be free, and holds metadata"
             ));
         }
+        // A new block counts what has been recorded since, and nothing else.
+        let per_block = geometry.block_counts();
+        for block in self.blocks.keys() {
+            let mut clusters = block * per_block..(block + 1) * per_block;
+            if let Some(cluster) =
+                clusters.find(|cluster| in_use(*cluster) && !self.counts.contains_key(cluster))
+            {
+                return Err(format!(
+                    "cluster {cluster} holds metadata, and block {block} is to be new"
+                ));
+            }
+        }
         let tables = self.l2.keys().map(|place| HostOffset(*place));
         let mut places = tables.chain(self.blocks.values().copied());
         match places.find(|place| inactive.is_in_cluster(*place)) {

@@ -38,6 +38,12 @@ impl Claim {
         matches!(self, SnapshotTable | SnapshotL1 | SnapshotL2)
     }
 
+    /// What belongs to bitmaps, which are stored anew.
+    pub(crate) fn is_bitmap(self) -> bool {
+        use Claim::*;
+        matches!(self, BitmapDirectory | BitmapTable | BitmapData)
+    }
+
     /// What holds a guest's bytes.
     pub(crate) fn is_data(self) -> bool {
         use Claim::*;
