@@ -1,4 +1,5 @@
-//! Looks that the table of capabilities is complete, and that what it says to show one exists.
+//! Looks that the table of capabilities and that of hazards are complete, and that what they say to show one
+//! exists.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -73,6 +74,7 @@ const REASONS: [&str; 10] = [
 ];
 
 const TABLE: &str = include_str!("capabilities.md");
+const HAZARDS: &str = include_str!("hazards.md");
 const ARCHITECTURE: &str = include_str!("../ARCHITECTURE.md");
 
 /// A row of the table.
@@ -184,4 +186,28 @@ fn what_is_absent_is_explained() {
         let entry = format!("- `{reason}`:");
         assert!(ARCHITECTURE.contains(&entry), "{reason}");
     }
+}
+
+#[test]
+fn every_hazard_has_a_row_with_a_test_that_exists() {
+    let tests = tests();
+    let mut numbers = Vec::new();
+    for line in HAZARDS.lines().filter(|line| line.starts_with('|')).skip(2) {
+        let cells: Vec<_> = line.trim_matches('|').split('|').map(str::trim).collect();
+        let [number, _, shown_by] = cells[..] else {
+            panic!("three cells: {line}");
+        };
+        numbers.push(number);
+        // Why it could not happen may come first.
+        let shown_by = match shown_by.strip_prefix("never: ") {
+            Some(why) => why.split_once("; ").expect("why, and a test").1,
+            None => shown_by,
+        };
+        for test in shown_by.split(", ") {
+            assert!(tests.contains(test), "{number}: there is no test {test}");
+        }
+    }
+    let states = (1..=14).map(|number| format!("T{number}"));
+    let mistakes = (1..=27).map(|number| format!("H{number}"));
+    assert!(numbers.iter().copied().eq(states.chain(mistakes)));
 }

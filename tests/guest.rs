@@ -123,6 +123,69 @@ fn fsynced_data_is_there_after_the_guest_lost_its_power() {
     served.stop();
 }
 
+/// What the guest had in flight is lost with the daemon, and with the guest's page cache.
+#[test]
+fn what_a_guest_synced_to_qcow2_is_there_after_its_daemon_was_killed_under_load_three_times() {
+    let Some(tools) = Tools::find() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let (disk, runtime) = (dir.path().join("disk"), dir.path().join("run"));
+    let image = disk.to_str().unwrap();
+    let qemu_img = |arguments: &[&str]| Command::new("qemu-img").args(arguments).output().unwrap();
+    let made = qemu_img(&["create", "-f", "qcow2", image, "1G"]);
+    assert!(made.status.success(), "{made:?}");
+    let serve = || {
+        let options = [
+            "--format",
+            "qcow2",
+            "--runtime-dir",
+            runtime.to_str().unwrap(),
+        ];
+        Serve::new(&disk).options(options).start()
+    };
+    let mut sums = Vec::new();
+    let verify = |guest: &mut Guest, sums: &[String]| {
+        for (round, sum) in sums.iter().enumerate() {
+            let found = guest.run(&format!("verify /mnt/synced{round} 8000000 {round}"));
+            assert_eq!(found.get("sum"), sum);
+        }
+    };
+    for round in 0..3 {
+        let served = serve();
+        let mut guest = attach(tools, &[&served]);
+        if round == 0 {
+            guest.run("mkfs /dev/vda");
+        }
+        guest.run("mount /dev/vda /mnt");
+        verify(&mut guest, &sums);
+        let filled = guest.run(&format!("fill /mnt/synced{round} 8000000 {round}"));
+        sums.push(filled.get("sum").to_owned());
+        guest.begin(&format!("fill /mnt/lost{round} 500000000 9 2000000"));
+        std::thread::sleep(std::time::Duration::from_millis(150 + 170 * round));
+        served.kill();
+        guest.kill();
+        // The kernel may still be ending what the daemon had begun, and hold its locks until then.
+        let mut checked = qemu_img(&["check", "-f", "qcow2", image]);
+        for _ in 0..200 {
+            if !String::from_utf8_lossy(&checked.stderr).contains("lock") {
+                break;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(50));
+            checked = qemu_img(&["check", "-f", "qcow2", image]);
+        }
+        assert!(matches!(checked.status.code(), Some(0 | 3)), "{checked:?}");
+    }
+    let served = serve();
+    let mut guest = attach(tools, &[&served]);
+    guest.run("mount /dev/vda /mnt");
+    verify(&mut guest, &sums);
+    guest.run("umount /mnt");
+    guest.power_off();
+    served.stop();
+    let checked = qemu_img(&["check", "-f", "qcow2", image]);
+    assert!(matches!(checked.status.code(), Some(0 | 3)), "{checked:?}");
+    assert_eq!(std::fs::read_dir(&runtime).unwrap().count(), 0);
+}
+
 #[test]
 fn an_idle_guest_goes_on_when_its_daemon_is_stopped_and_started_again() {
     let Some(tools) = Tools::find() else { return };

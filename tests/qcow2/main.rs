@@ -11,4 +11,5 @@ mod power;
 mod race;
 mod setup;
 mod snapshot;
+mod states;
 mod stress;

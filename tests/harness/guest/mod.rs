@@ -247,6 +247,12 @@ impl Guest {
         answer.outcome.clone().map_or(Ok(answer), Err)
     }
 
+    /// Has the guest begin a verb of which nobody waits for the end: the guest is going to be killed.
+    pub fn begin(&mut self, verb: &str) {
+        let _ = writeln!(self.transcript, "> {verb}");
+        let _ = self.stdin.write_all(format!("{verb}\n").as_bytes());
+    }
+
     /// Shuts the guest down in good order.
     ///
     /// # Panics

@@ -543,12 +543,29 @@ fn look_at_tables(walk: &Walk<'_>, after: &[u8], asked: &Asked) -> Result<(), St
     Ok(())
 }
 
+/// Where the header has the place of the bitmaps' directory.
+fn bitmap_extension(header: &[u8]) -> std::ops::Range<usize> {
+    let word = |at: usize| number(header, at as u64, 4).unwrap_or(0) as usize;
+    let mut at = word(100);
+    while at < 512 && word(at) != 0 {
+        let end = at + 8 + word(at + 4).next_multiple_of(8);
+        if word(at) == 0x2385_2875 {
+            return at + 8..end;
+        }
+        at = end;
+    }
+    0..0
+}
+
 /// The header says the same, but for what is changed in order.
 fn look_at_header(before: &[u8], after: &[u8], asked: &Asked) -> Result<(), String> {
     let bytes = before.len().min(after.len()).min(512);
+    let directory = bitmap_extension(before);
     for at in 0..bytes {
         let (was, is) = (before[at], after[at]);
         let may_change = match at {
+            // Bitmaps are stored anew.
+            at if directory.contains(&at) => true,
             24..72 => asked.changes_snapshots() || asked.resized || (48..60).contains(&at),
             // Marked as corrupt; or as in use no more.
             72..80 | 88..96 => true,
