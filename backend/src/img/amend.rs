@@ -48,17 +48,17 @@ pub(super) async fn run(program: Rc<Program>, args: AmendArgs) -> Result<u8, Fai
     };
     let how = How {
         cache: args.cache,
+        // The length may change, also that of an external data file.
+        resize: true,
         ..How::writing(&args.format)?
     };
-    let node = program.open_node(filename, &how).await?;
-    let format = program
-        .control
-        .read(|graph| graph.node(&node).map(|node| node.driver_type()))?;
+    let image = program.open(filename, &how).await?;
+    let (node, format) = image.look(|node| (node.name().to_owned(), node.driver_type()));
     let options = program.amend_options(format, &args.options)?;
     let progress = Progress::new(&program.output, args.progress && !args.quiet);
     program.control.amend(&node, options, args.force).await?;
     progress.finish();
     drop(progress);
-    program.control.remove(&node).await?;
+    image.close().await?;
     Ok(0)
 }
