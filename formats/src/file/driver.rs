@@ -10,7 +10,7 @@
 
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 
 use blockcore::Error;
 use blockcore::driver::{Driver, Limits, OpenModes, OpenRequest, Opened, ReopenRequest, Reopened};
@@ -24,7 +24,7 @@ use futures_util::future::LocalBoxFuture;
 use super::OPTIONS;
 use super::io::FileIo;
 use super::lock::{Locks, Users};
-use super::open::{Description, Kind, Way};
+use super::open::{Description, Kind, Way, metadata};
 
 /// Who has one of these writes.
 const WRITES: Permissions = Permissions::WRITE
@@ -124,7 +124,7 @@ impl FileDriver {
                 Err(error) => return Err(error),
             },
         };
-        self.check_end(&io, users)?;
+        self.check_end(context, &io, users).await?;
         if let Some(locks) = &self.locks {
             let shares = match modes.force_share {
                 true => Permissions::all(),
@@ -147,10 +147,20 @@ impl FileDriver {
     }
 
     /// A write to a part of the last unit would make the file longer.
-    fn check_end(&self, io: &FileIo, users: Users) -> Result<(), Error> {
-        let (bytes, unit) = (io.bytes().load(Ordering::Acquire), io.request_alignment());
+    async fn check_end(
+        &self,
+        context: &Rc<IoContext>,
+        io: &FileIo,
+        users: Users,
+    ) -> Result<(), Error> {
+        let unit = io.request_alignment();
         let may_grow = users.needs.contains(Permissions::RESIZE);
-        if bytes.is_multiple_of(unit) || !users.needs.contains(Permissions::WRITE) || may_grow {
+        if unit == 1 || !users.needs.contains(Permissions::WRITE) || may_grow {
+            return Ok(());
+        }
+        // As long as it is now, whatever it was when somebody looked last.
+        let bytes = metadata(context, io.file()).await?.bytes;
+        if bytes.is_multiple_of(unit) {
             return Ok(());
         }
         Err(Error::invalid(format!(

@@ -134,7 +134,7 @@ async fn open_file(context: &IoContext, path: &str, way: Way) -> Result<Arc<Open
 }
 
 /// What the host says of an open file, now.
-async fn metadata(context: &IoContext, file: &Arc<OpenFile>) -> Result<Metadata, Error> {
+pub(super) async fn metadata(context: &IoContext, file: &Arc<OpenFile>) -> Result<Metadata, Error> {
     match context.host(HostCall::Metadata(Arc::clone(file))).await {
         Ok(HostReply::Metadata(mut metadata)) => {
             // Part of an aligned transfer, as after a short one, must have aligned memory too.
