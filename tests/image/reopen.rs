@@ -259,19 +259,19 @@ impl Disk {
 #[test]
 fn of_nodes_that_are_reopened_together_all_are_or_none() {
     let place = Place::new();
-    let (one, two) = (
-        place.sparse("one.raw", MIB),
-        place.sparse("two.raw", MIB + 1),
-    );
+    let (one, two) = (place.sparse("one.raw", MIB), place.sparse("two.raw", MIB));
     let disk = Disk::open(EngineChoice::Threads, &file_options(&one, "")).expect("it opens");
     let control = disk.control.clone();
-    let options = |path: &Path, name: &str, direct: &str| {
-        let options = file_options(path, &format!(",cache.direct={direct},node-name={name}"));
+    let options = |path: &Path, name: &str, more: &str| {
+        let options = file_options(path, &format!(",node-name={name}{more}"));
         Options::parse(&options, Some("driver")).expect("options")
     };
     let (add, entries) = (
-        options(&two, "two", "off"),
-        vec![options(&one, "disk", "on"), options(&two, "two", "on")],
+        options(&two, "two", ""),
+        vec![
+            options(&one, "disk", ",cache.direct=on"),
+            options(&two, "two", ",cache.direct=on,locking=off"),
+        ],
     );
     let refused = Rc::clone(control.context()).block_on(async move {
         control.add(add).await?;
@@ -279,8 +279,8 @@ fn of_nodes_that_are_reopened_together_all_are_or_none() {
         control.remove("two").await?;
         Ok::<_, Error>(refused)
     });
-    let error = refused.expect("it was added").expect_err("an odd length");
-    assert!(error.report().contains("two.raw"), "{}", error.report());
+    let error = refused.expect("it was added").expect_err("locks stay");
+    assert!(error.report().contains("locking"), "{}", error.report());
     is_open(&disk, &one, true, false);
     disk.close();
 }
