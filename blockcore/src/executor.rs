@@ -58,6 +58,9 @@ impl Executor {
 
     /// Runs every task that was woken before the call, once. Returns whether there was any.
     pub fn run(&self) -> bool {
+        if self.is_idle() {
+            return false;
+        }
         let mut batch = self.batch.take();
         self.runnable.take(&mut batch);
         let any = !batch.is_empty();

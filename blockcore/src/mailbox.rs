@@ -97,6 +97,7 @@ impl<T> Mailbox<T> {
     }
 
     /// Whether nothing waits; the owner's last look before it sleeps.
+    #[inline]
     pub fn is_empty(&self) -> bool {
         !self.full.load(Ordering::Acquire)
     }

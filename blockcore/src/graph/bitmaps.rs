@@ -266,6 +266,9 @@ impl Node {
 impl Change {
     /// Has a node's driver store the persistent bitmaps. The node is drained, and may be written to.
     pub(super) async fn store_bitmaps(&self, id: NodeId, root: &Rc<Root>) -> Result<(), Error> {
+        if self.kept_bitmaps(id).is_empty() {
+            return Ok(());
+        }
         self.control().change(|graph| {
             // Somebody may be about to tell that it has another length.
             let node = graph.nodes.get_mut(&id);
@@ -274,9 +277,6 @@ impl Change {
             }
         });
         let kept = self.kept_bitmaps(id);
-        if kept.is_empty() {
-            return Ok(());
-        }
         let driver = self.driver_of(id);
         driver.take().store_bitmaps(Rc::clone(root), kept).await
     }

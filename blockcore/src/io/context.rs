@@ -247,11 +247,11 @@ impl IoContext {
 
     /// Does what other threads have posted; returns whether there was anything.
     fn take_posts(&self) -> bool {
-        let mut posts = Vec::new();
-        self.handle.posts.take(&mut posts);
-        if posts.is_empty() {
+        if self.handle.posts.is_empty() {
             return false;
         }
+        let mut posts = Vec::new();
+        self.handle.posts.take(&mut posts);
         let this = self.this.upgrade().expect("its worker has it");
         for post in posts {
             post(&this);
@@ -324,15 +324,12 @@ impl IoContext {
     pub fn block_on<T: 'static>(self: &Rc<Self>, future: impl Future<Output = T> + 'static) -> T {
         let task = self.executor.spawn_task(future);
         let mut events = Vec::new();
-        while !task.is_finished() {
+        // What it has posted to this context is done, too: nobody else may ever turn it.
+        while !task.is_finished() || !self.handle.posts.is_empty() {
             if !self.turn(&mut events) && !task.is_finished() {
                 self.sleep(&mut events, None, || true);
             }
             events.clear();
-        }
-        // What it has posted to this context is done, too: nobody else may ever turn it.
-        while self.take_posts() {
-            self.executor.run();
         }
         let mut task = std::pin::pin!(task);
         let mut context = std::task::Context::from_waker(Waker::noop());
