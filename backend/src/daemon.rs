@@ -4,7 +4,7 @@
 //! threads reach it through a [`ControlHandle`] and wait for its answer; it asks workers by message
 //! and goes on with other things until they answer. So it always answers, and nobody waits upwards.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::io::Write;
@@ -26,6 +26,7 @@ use blockcore::{Error, ErrorKind};
 
 use crate::config::{ExportConfig, ProcessConfig};
 use crate::export::{Export, RootSide, WorkerHandle};
+use crate::qmp::Service;
 use crate::signals::Signals;
 use crate::vhost_user::listener::{Server, Socket};
 use crate::vhost_user::session::BackendChannel;
@@ -122,7 +123,8 @@ impl ControlHandle {
         self.post(Box::new(|daemon| daemon.quitting.set(true)));
     }
 
-    fn post(&self, call: Call) {
+    /// Has `call` run on the control thread, without waiting for it.
+    pub(crate) fn post(&self, call: Call) {
         self.calls.post(call);
         // Posting is ordered before this look, as the end is before the daemon's last look.
         if self.ended.load(Ordering::SeqCst) {
@@ -175,6 +177,7 @@ pub struct Daemon {
     next_device: Cell<u32>,
     next_worker: Cell<usize>,
     quitting: Cell<bool>,
+    service: OnceCell<Rc<Service>>,
 }
 
 impl Daemon {
@@ -203,6 +206,7 @@ impl Daemon {
             next_device: Cell::new(0),
             next_worker: Cell::new(0),
             quitting: Cell::new(false),
+            service: OnceCell::new(),
         }))
     }
 
@@ -212,6 +216,16 @@ impl Daemon {
             calls: Arc::clone(&self.calls),
             ended: Arc::clone(&self.ended),
         }
+    }
+
+    /// What answers monitors: made when it is asked for first.
+    pub fn service(self: &Rc<Self>) -> &Rc<Service> {
+        self.service.get_or_init(|| Service::new(self))
+    }
+
+    /// Whether it has been asked to stop: nothing new is begun.
+    pub(crate) fn is_quitting(&self) -> bool {
+        self.quitting.get()
     }
 
     /// The graph's control.
