@@ -2,6 +2,7 @@
 
 mod amend;
 mod bitmaps;
+mod chain;
 mod differential;
 mod failing;
 mod grow;
