@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use blockcore::driver::{
-    Driver, DriverIo, DriverType, Limits, Mapping, MeasureSource, Measured, OpenRequest, Opened,
-    Place, Preallocation, ReopenRequest, Reopened, Role, Status, StatusFlags, TruncateFlags,
-    WriteFlags, ZeroFlags,
+    ChildPermissions, ChildQuery, Driver, DriverIo, DriverType, Limits, Mapping, MeasureSource,
+    Measured, OpenRequest, Opened, Place, Preallocation, ReopenRequest, Reopened, Role, Status,
+    StatusFlags, TruncateFlags, WriteFlags, ZeroFlags,
 };
+use blockcore::graph::permission::{self, Permissions};
 use blockcore::io::buffer::Segments;
 use blockcore::io::{Io, IoFuture};
 use blockcore::options::{OptionKind, OptionSpec, Options};
@@ -132,6 +133,17 @@ impl Driver for RawDriver {
     fn limits(&self, children: &[Option<Limits>]) -> Limits {
         // The child widens what is not aligned for it.
         children[0].map_or_else(Limits::default, Limits::above)
+    }
+
+    /// A part of a child ends where it ends: nothing is ever written past it, so the right to is needed
+    /// only for users who have it.
+    fn child_permissions(&self, query: &ChildQuery) -> ChildPermissions {
+        let writes = Permissions::WRITE | Permissions::RESIZE;
+        let rule = permission::default_rule(query);
+        ChildPermissions {
+            needs: (rule.needs - writes) | (query.needs & writes),
+            ..rule
+        }
     }
 
     fn reopen_prepare(
