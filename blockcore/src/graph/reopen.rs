@@ -226,12 +226,15 @@ impl Change {
             Some(plan) => self.control().unused_root(plan),
             None => self.temporary_root(entry.node, everything),
         };
+        // Whoever wrote has been told by then.
+        let known_lost = root.plan().files().any(|file| file.flush_lost());
         let request = root.enter(RequestKind::Flush, 0, 0).await;
         let name = &self.state().shape.vertex(entry.node).name;
         let still_good = request.flush().await;
         match still_good {
+            Ok(()) => {}
             // That is what reopening is for.
-            Ok(()) | Err(crate::IoError::FlushLost) => {}
+            Err(crate::IoError::FlushLost) if known_lost => {}
             Err(error) => {
                 return Err(Error::new(
                     crate::ErrorKind::Io,
