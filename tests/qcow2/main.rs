@@ -13,3 +13,4 @@ mod setup;
 mod snapshot;
 mod states;
 mod stress;
+mod world;
