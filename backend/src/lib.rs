@@ -9,6 +9,7 @@ pub mod config;
 pub mod daemon;
 pub mod export;
 pub mod img;
+pub mod inherited;
 pub mod polling;
 pub mod serve;
 pub mod signals;

@@ -5,8 +5,7 @@ use std::io::Write;
 use std::process::ExitCode;
 use std::rc::Rc;
 
-use backend::cli::{Cli, Command, DaemonArgs, ServeArgs, parse_options};
-use backend::config::ExportConfig;
+use backend::cli::{Cli, Command, DaemonArgs, ServeArgs, export_config, node_options};
 use backend::daemon::Daemon;
 use backend::img::{self, cli::ImgArgs};
 use backend::serve::{self, Probe};
@@ -158,10 +157,11 @@ fn build_daemon(daemon: &Rc<Daemon>, args: &DaemonArgs, given: &ArgMatches) -> R
     all.sort_by_key(|(place, ..)| *place);
     for (_, is_node, text) in all {
         if is_node {
-            daemon.add_node(parse_options(text, "driver")?)?;
+            let options = daemon.control().read(|graph| node_options(text, graph))?;
+            daemon.block_on(|daemon| async move { daemon.add_node(options).await })?;
         } else {
-            let config = ExportConfig::from_options(&parse_options(text, "type")?)?;
-            daemon.add_export(config)?;
+            let config = export_config(text)?;
+            daemon.block_on(|daemon| async move { daemon.add_export(config).await })?;
         }
     }
     Ok(())

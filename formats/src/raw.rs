@@ -42,7 +42,7 @@ fn is_whole(options: &Options) -> bool {
 const OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         name: "offset",
-        kind: OptionKind::Size,
+        kind: OptionKind::Bytes,
         default: Some("0"),
         reopen: true,
         changes_data: true,
@@ -50,7 +50,7 @@ const OPTIONS: &[OptionSpec] = &[
     },
     OptionSpec {
         name: "size",
-        kind: OptionKind::Size,
+        kind: OptionKind::Bytes,
         default: Some(""),
         reopen: true,
         changes_data: true,
@@ -112,6 +112,11 @@ fn part(options: &Options, node: &str, child: &str, whole: u64) -> Result<Raw, E
         .get("size")
         .filter(|text| !text.is_empty())
         .map(|_| options.size(OPTIONS, "size"));
+    if let Some(bytes) = bytes.filter(|bytes| !bytes.is_multiple_of(512)) {
+        return Err(Error::invalid(format!(
+            "Specified size is not multiple of 512: option 'size' of node '{node}' is {bytes}"
+        )));
+    }
     let room = whole.checked_sub(offset).ok_or_else(|| {
         Error::invalid(format!(
             "option 'offset' of node '{node}' is {offset}, past the end of '{child}' ({whole} bytes)"

@@ -14,3 +14,4 @@ mod setup;
 mod snapshot;
 mod states;
 mod stress;
+mod world;

@@ -40,7 +40,7 @@ pub static PREALLOCATE: DriverType = DriverType {
 const OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         name: "prealloc-align",
-        kind: OptionKind::Size,
+        kind: OptionKind::Bytes,
         default: Some("1M"),
         reopen: false,
         changes_data: false,
@@ -48,7 +48,7 @@ const OPTIONS: &[OptionSpec] = &[
     },
     OptionSpec {
         name: "prealloc-size",
-        kind: OptionKind::Size,
+        kind: OptionKind::Bytes,
         default: Some("128M"),
         reopen: false,
         changes_data: false,

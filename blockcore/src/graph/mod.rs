@@ -166,6 +166,7 @@ mod recording;
 mod reopen;
 mod roots;
 mod shape;
+mod typed;
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
