@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use backend::config::{ExportConfig, ProcessConfig};
+use backend::config::{ExportConfig, ProcessConfig, SocketAddress};
 use backend::daemon::{ControlHandle, Daemon};
 use blockcore::Error;
 use blockcore::drain::Scope;
@@ -480,11 +480,11 @@ fn build(
     options.set("driver", "file");
     options.set("node-name", "node");
     options.set("filename", image.to_string_lossy());
-    daemon.add_node(options)?;
-    daemon.add_export(ExportConfig {
+    let export = ExportConfig {
         id: "disk".into(),
         node: "node".into(),
-        socket,
+        socket: SocketAddress::Path(socket),
+        iothreads: Vec::new(),
         writable: true,
         writethrough: false,
         queues: QUEUES as u16,
@@ -492,6 +492,10 @@ fn build(
         serial: String::new(),
         on_error: ErrorPolicy::default(),
         retry_held: None,
+    };
+    daemon.block_on(|daemon| async move {
+        daemon.add_node(options).await?;
+        daemon.add_export(export).await
     })?;
     Ok(daemon)
 }

@@ -444,23 +444,15 @@ fn bind_unix(path: &Path) -> Result<UnixListener, String> {
     }
 }
 
-/// A socket that this process was started with. The kernel is asked for another descriptor of it: the
-/// number itself stays what it is, as somebody else may hold it.
+/// A socket that this process was started with.
 fn inherited(number: &str, server: bool) -> Result<(String, Source), String> {
     let fd = number.parse::<i32>().ok().filter(|fd| *fd >= 0);
     let fd = fd.ok_or_else(|| format!("Unable to parse FD number {number}"))?;
-    let own = rustix::process::pidfd_open(
-        rustix::process::getpid(),
-        rustix::process::PidfdFlags::empty(),
-    );
-    let fd = own
-        .and_then(|own| {
-            rustix::process::pidfd_getfd(own, fd, rustix::process::PidfdGetfdFlags::empty())
-        })
-        .map_err(|_| format!("File descriptor '{number}' is not a socket"))?;
+    let not_a_socket = || format!("File descriptor '{number}' is not a socket");
+    let fd = crate::inherited::duplicate(fd).map_err(|_| not_a_socket())?;
     let is_stream = sockopt::socket_type(&fd) == Ok(SocketType::STREAM);
     if !is_stream {
-        return Err(format!("File descriptor '{number}' is not a socket"));
+        return Err(not_a_socket());
     }
     let listens = sockopt::socket_acceptconn(&fd).unwrap_or(false);
     let about = format!("fd:{}", fd.as_raw_fd());

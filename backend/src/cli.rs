@@ -5,15 +5,15 @@ use std::time::Duration;
 
 use blockcore::Error;
 use blockcore::engine::EngineChoice;
-use blockcore::options::{Options, parse_size};
+use blockcore::graph::Graph;
+use blockcore::options::{Form, Options, parse_size};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde_json::Value;
 
 use crate::config::{
-    DEFAULT_POLL, MAX_QUEUES, ProcessConfig, default_runtime_directory, parse_cpus,
+    DEFAULT_POLL, ExportConfig, MAX_QUEUES, ProcessConfig, default_runtime_directory, parse_cpus,
 };
 use crate::img::cli::ImgArgs;
-use crate::qapi::Form;
 use crate::qmp::json::Reader;
 
 /// Serves virtual disks to virtual machines over vhost-user-blk.
@@ -309,18 +309,41 @@ pub fn parse_value(text: &str, implied: &str) -> Result<(Value, Form), Error> {
     }
 }
 
-/// Reads the value of `--blockdev` or `--export`.
+/// Reads the value of `--blockdev`, for a graph with these drivers.
 ///
 /// # Errors
 ///
-/// What is wrong with its form; JSON is refused by name.
-pub fn parse_options(text: &str, implied: &str) -> Result<Options, Error> {
-    if text.starts_with('{') {
-        return Err(Error::unsupported(format!(
-            "options in JSON are not in this version of stonework: write '{text}' as key=value"
-        )));
+/// What is wrong with its form, or what is missing, unknown or of another type.
+pub fn node_options(text: &str, graph: &Graph) -> Result<Options, Error> {
+    let (options, form) = schema_options(text, "driver")?;
+    let options = graph.typed_options(&options, form)?;
+    if options.get("node-name").is_none() {
+        return Err(Error::invalid(
+            "'node-name' must be specified for the root node",
+        ));
     }
-    Options::parse(text, Some(implied))
+    Ok(options)
+}
+
+/// Reads the value of `--export`.
+///
+/// # Errors
+///
+/// As [`node_options`].
+pub fn export_config(text: &str) -> Result<ExportConfig, Error> {
+    let (options, form) = schema_options(text, "type")?;
+    ExportConfig::from_options(&options, form)
+}
+
+/// Options as `key=value` or, where they begin with a brace, as JSON.
+fn schema_options(text: &str, implied: &str) -> Result<(Options, Form), Error> {
+    if !text.starts_with('{') {
+        let options = Options::parse_schema(text, Some(implied))?;
+        return Ok((options, Form::KeyValue));
+    }
+    let json = serde_json::from_str(text);
+    let json = json.map_err(|error| Error::invalid(format!("JSON parse error, {error}")))?;
+    Ok((Options::from_schema_json(&json)?, Form::Json))
 }
 
 #[cfg(test)]

@@ -1,12 +1,13 @@
 //! What the daemon is to do, checked: command-line flags and control commands become these types.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use blockcore::Error;
 use blockcore::engine::EngineChoice;
 use blockcore::io::policy::{ErrorPolicy, OnError};
-use blockcore::options::{OptionKind, OptionSpec, Options};
+use blockcore::options::{Form, OptionKind, OptionSpec, Options};
 
 /// Everything that holds for the whole process.
 #[derive(Clone, Debug)]
@@ -60,6 +61,24 @@ pub const MAX_QUEUES: u16 = 256;
 /// Longest serial number that a guest can be told.
 pub const MAX_SERIAL_BYTES: usize = 20;
 
+/// Where front-ends connect.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SocketAddress {
+    /// A socket that is made there.
+    Path(PathBuf),
+    /// A listening socket that whoever started this process has left open for it, by number.
+    Descriptor(i32),
+}
+
+impl fmt::Display for SocketAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Path(path) => write!(f, "'{}'", path.display()),
+            Self::Descriptor(number) => write!(f, "descriptor {number}"),
+        }
+    }
+}
+
 /// An export of a node over vhost-user-blk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExportConfig {
@@ -68,7 +87,9 @@ pub struct ExportConfig {
     /// What it offers.
     pub node: String,
     /// Where front-ends connect.
-    pub socket: PathBuf,
+    pub socket: SocketAddress,
+    /// The named workers that serve it, its queues in turn; empty for those that all exports share.
+    pub iothreads: Vec<String>,
     /// Whether guests may write.
     pub writable: bool,
     /// Whether each write is stable before it completes, until the guest says otherwise.
@@ -108,15 +129,50 @@ pub const EXPORT_OPTIONS: &[OptionSpec] = &[
         "whether writes are stable before they complete",
     ),
     option(
+        "iothread",
+        OptionKind::Text,
+        Some(""),
+        "the worker that serves all queues; by default those that all exports share",
+    ),
+    option(
+        "iothread.*",
+        OptionKind::Text,
+        Some(""),
+        "workers that serve the queues in turn",
+    ),
+    option(
+        "fixed-iothread",
+        OptionKind::Bool,
+        Some("off"),
+        "taken as QEMU has it: an export always stays where it is",
+    ),
+    option(
+        "allow-inactive",
+        OptionKind::Bool,
+        Some("off"),
+        "not possible for vhost-user-blk",
+    ),
+    option(
         "addr.type",
-        OptionKind::Choice(&["unix"]),
+        OptionKind::Choice(&["unix", "fd"]),
         None,
         "kind of socket",
     ),
-    option("addr.path", OptionKind::Text, None, "path of the socket"),
+    option(
+        "addr.path",
+        OptionKind::Text,
+        Some(""),
+        "path of the socket (unix)",
+    ),
+    option(
+        "addr.str",
+        OptionKind::Text,
+        Some(""),
+        "number of a descriptor that is a listening socket (fd)",
+    ),
     option(
         "num-queues",
-        OptionKind::Text,
+        OptionKind::Int,
         Some("1"),
         "virtqueues, 1 to 256",
     ),
@@ -164,26 +220,35 @@ const fn option(
 }
 
 impl ExportConfig {
-    /// Reads the options of `--export`.
+    /// Reads the options of `--export`, given in this form.
     ///
     /// # Errors
     ///
     /// The first option that is missing, unknown or out of range.
-    pub fn from_options(options: &Options) -> Result<Self, Error> {
-        options.check(&[EXPORT_OPTIONS], "an export")?;
+    pub fn from_options(options: &Options, form: Form) -> Result<Self, Error> {
+        let options = options.typed(&[EXPORT_OPTIONS], form, "", "an export", &[])?;
         let text = |name| options.text(EXPORT_OPTIONS, name).to_owned();
         let queues = text("num-queues");
         let queues = queues.parse().map_err(|_| {
-            Error::invalid(format!(
-                "option 'num-queues' of an export takes a number, not '{queues}'"
-            ))
+            let text = format!("Parameter 'num-queues' expects uint16_t, not '{queues}'");
+            Error::invalid(text)
         })?;
+        if options.bool(EXPORT_OPTIONS, "allow-inactive") {
+            return Err(Error::unsupported(
+                "Export type does not support inactive exports",
+            ));
+        }
         let block = options.size(EXPORT_OPTIONS, "logical-block-size");
         let policy = |name| OnError::named(&text(name)).unwrap_or_default();
+        let places = options
+            .iter()
+            .filter(|(key, _)| key.starts_with("iothread"));
+        let iothreads = places.filter_map(|(_, value)| value.as_text());
         let config = Self {
             id: text("id"),
             node: text("node-name"),
-            socket: text("addr.path").into(),
+            socket: socket(&options)?,
+            iothreads: iothreads.map(str::to_owned).collect(),
             writable: options.bool(EXPORT_OPTIONS, "writable"),
             writethrough: options.bool(EXPORT_OPTIONS, "writethrough"),
             queues,
@@ -208,8 +273,16 @@ impl ExportConfig {
     /// The first value that is out of range.
     pub fn check(&self) -> Result<(), Error> {
         let refuse = |what: String| Err(Error::invalid(format!("export '{}': {what}", self.id)));
-        if self.id.is_empty() {
-            return Err(Error::invalid("an export needs a name: option 'id'"));
+        let mut letters = self.id.chars();
+        let is_first = letters
+            .next()
+            .is_some_and(|first| first.is_ascii_alphabetic());
+        let is_next = |letter: char| letter.is_ascii_alphanumeric() || "-._".contains(letter);
+        if !is_first || !letters.all(is_next) {
+            return Err(Error::invalid(format!(
+                "Invalid block export id '{}': it is a letter, and after that letters, digits, '-', '.' and '_'",
+                self.id
+            )));
         }
         if !(1..=MAX_QUEUES).contains(&self.queues) {
             return refuse(format!(
@@ -229,6 +302,26 @@ impl ExportConfig {
         }
         Ok(())
     }
+}
+
+fn socket(options: &Options) -> Result<SocketAddress, Error> {
+    let (name, other) = match options.get("addr.type") {
+        Some("fd") => ("addr.str", "addr.path"),
+        _ => ("addr.path", "addr.str"),
+    };
+    if options.get(other).is_some() {
+        return Err(Error::invalid(format!("Parameter '{other}' is unexpected")));
+    }
+    let Some(value) = options.get(name) else {
+        return Err(Error::invalid(format!("Parameter '{name}' is missing")));
+    };
+    if name == "addr.path" {
+        return Ok(SocketAddress::Path(value.into()));
+    }
+    let number = value.parse().ok().filter(|number| *number >= 0);
+    let number = number
+        .ok_or_else(|| Error::invalid(format!("'{value}' is not the number of a descriptor")))?;
+    Ok(SocketAddress::Descriptor(number))
 }
 
 fn check_block(block: u32) -> Result<(), String> {
@@ -270,8 +363,8 @@ mod tests {
     use super::*;
 
     fn export(text: &str) -> Result<ExportConfig, Error> {
-        let options = Options::parse(text, Some("type"))?;
-        ExportConfig::from_options(&options)
+        let options = Options::parse_schema(text, Some("type"))?;
+        ExportConfig::from_options(&options, Form::KeyValue)
     }
 
     #[test]
@@ -283,7 +376,7 @@ mod tests {
             (config.queues, config.writable, config.writethrough),
             (4, true, false)
         );
-        assert_eq!(config.socket, PathBuf::from("/run/a.sock"));
+        assert_eq!(config.socket, SocketAddress::Path("/run/a.sock".into()));
         assert_eq!(config.on_error, ErrorPolicy::default());
         let text = format!("{text},on-read-error=stop,on-write-error=enospc");
         let policy = export(&text).unwrap().on_error;
@@ -298,10 +391,10 @@ mod tests {
         let base = "vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path=s";
         let message = |more: &str| export(&format!("{base}{more}")).unwrap_err().to_string();
         assert!(message(",num-queues=0").contains("1 to 256"));
-        assert!(message(",num-queues=x").contains("takes a number"));
+        assert!(message(",num-queues=x").contains("expects integer"));
         assert!(message(",logical-block-size=513").contains("power of two"));
         assert!(message(",serial=123456789012345678901").contains("more than the 20"));
-        assert!(message(",colour=red").contains("no option 'colour'"));
+        assert!(message(",colour=red").contains("'colour' is unexpected"));
         assert!(message(",on-write-error=auto").contains("'on-write-error'"));
     }
 

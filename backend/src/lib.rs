@@ -11,6 +11,7 @@ pub mod config;
 pub mod daemon;
 pub mod export;
 pub mod img;
+pub mod inherited;
 pub mod pidfile;
 pub mod polling;
 pub mod qapi;

@@ -7,8 +7,9 @@ use std::rc::Rc;
 
 use backend::background::{self, Background};
 use backend::chardev;
-use backend::cli::{Cli, Command, DaemonArgs, ServeArgs, TRACE_PARTS, parse_options, parse_value};
-use backend::config::ExportConfig;
+use backend::cli::{
+    Cli, Command, DaemonArgs, ServeArgs, TRACE_PARTS, export_config, node_options, parse_value,
+};
 use backend::daemon::Daemon;
 use backend::img::{self, cli::ImgArgs};
 use backend::pidfile::Pidfile;
@@ -210,11 +211,12 @@ fn build_daemon(daemon: &Rc<Daemon>, args: &DaemonArgs, given: &ArgMatches) -> R
     type Add = fn(&Rc<Daemon>, &str) -> Result<(), Error>;
     let kinds: [(&str, &[String], Add); 5] = [
         ("blockdev", &args.blockdev, |daemon, text| {
-            daemon.add_node(parse_options(text, "driver")?)
+            let options = daemon.control().read(|graph| node_options(text, graph))?;
+            daemon.block_on(|daemon| async move { daemon.add_node(options).await })
         }),
         ("export", &args.export, |daemon, text| {
-            let config = ExportConfig::from_options(&parse_options(text, "type")?)?;
-            daemon.add_export(config)
+            let config = export_config(text)?;
+            daemon.block_on(|daemon| async move { daemon.add_export(config).await })
         }),
         ("object", &args.object, |daemon, text| {
             let (value, form) = parse_value(text, "qom-type")?;

@@ -5,12 +5,38 @@
 //! a worker learns from its sleeps how long it usually waits, polls a little longer than that, and
 //! gives polling up for a while when the work does not come meanwhile, for longer each time.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 /// Polled beyond the time that work usually takes to come.
 const MARGIN: Duration = Duration::from_micros(4);
 /// Most sleeps without polling after polling in vain.
 const MAX_PENALTY: u32 = 1024;
+
+/// For how long a worker polls at most, which others may change while it runs.
+#[derive(Debug)]
+pub struct PollLimit(AtomicU64);
+
+impl PollLimit {
+    /// So long; zero for never.
+    pub fn new(max: Duration) -> Self {
+        Self(AtomicU64::new(nanoseconds(max)))
+    }
+
+    /// How long.
+    pub fn get(&self) -> Duration {
+        Duration::from_nanos(self.0.load(Ordering::Relaxed))
+    }
+
+    /// So long from the next sleep on.
+    pub fn set(&self, max: Duration) {
+        self.0.store(nanoseconds(max), Ordering::Relaxed);
+    }
+}
+
+fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
 
 /// See the module's header.
 #[derive(Debug)]
@@ -32,6 +58,12 @@ impl Polling {
             hold: 0,
             penalty: 1,
         }
+    }
+
+    /// Polls for at most `max` from now on.
+    pub fn set_max(&mut self, max: Duration) {
+        self.max = max;
+        self.window = self.window.min(max);
     }
 
     /// How long to look for work before the next sleep.

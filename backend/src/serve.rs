@@ -13,7 +13,7 @@ use blockcore::options::Options;
 use blockcore::{Error, ErrorKind};
 
 use crate::cli::ServeArgs;
-use crate::config::ExportConfig;
+use crate::config::{ExportConfig, SocketAddress};
 use crate::daemon::Daemon;
 use crate::temporary;
 
@@ -77,14 +77,16 @@ pub fn build(
     } else if args.format.is_none() {
         refuse_other_formats(args, probe, &formats)?;
     }
-    daemon.add_node(node_options(args)?)?;
+    let disk = node_options(args)?;
+    daemon.block_on(|daemon| async move { daemon.add_node(disk).await })?;
     if args.temporary {
         temporary::add(&daemon, NAME, BASE)?;
     }
-    daemon.add_export(ExportConfig {
+    let export = ExportConfig {
         id: NAME.into(),
         node: NAME.into(),
-        socket: args.socket.clone(),
+        socket: SocketAddress::Path(args.socket.clone()),
+        iothreads: Vec::new(),
         writable: !args.read_only,
         writethrough: args.cache.writethrough(),
         queues: args.queues,
@@ -95,7 +97,8 @@ pub fn build(
             ..ErrorPolicy::default()
         },
         retry_held: Some(RETRY),
-    })?;
+    };
+    daemon.block_on(|daemon| async move { daemon.add_export(export).await })?;
     Ok(daemon)
 }
 
@@ -119,7 +122,7 @@ fn create(daemon: &Rc<Daemon>, args: &ServeArgs, bytes: u64) -> Result<(), Error
     let mut options = Options::default();
     options.set(&format!("{prefix}filename"), text(&args.disk)?);
     options.set("size", bytes.to_string());
-    daemon.block_on(create(Rc::clone(daemon.control().context()), options))
+    daemon.block_on(|daemon| create(Rc::clone(daemon.control().context()), options))
 }
 
 fn text(path: &Path) -> Result<&str, Error> {

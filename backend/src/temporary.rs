@@ -50,11 +50,12 @@ pub(crate) fn add(daemon: &Rc<Daemon>, name: &str, base: &str) -> Result<(), Err
     options.set("cache.no-flush", "on");
     // Opened anew, so that it is the node's own.
     options.set("filename", format!("/proc/self/fd/{}", file.as_raw_fd()));
-    daemon.add_node(options)?;
+    daemon.block_on(|daemon| async move { daemon.add_node(options).await })?;
     let bytes = daemon
         .control()
         .read(|graph| graph.node(base).map(|node| node.bytes()))?;
-    daemon.block_on(fill(daemon.control().clone(), file_node.clone(), bytes))?;
+    let filled = file_node.clone();
+    daemon.block_on(|daemon| fill(daemon.control().clone(), filled, bytes))?;
     let mut options = Options::default();
     options.set("driver", FORMAT);
     options.set("node-name", name);
@@ -62,7 +63,7 @@ pub(crate) fn add(daemon: &Rc<Daemon>, name: &str, base: &str) -> Result<(), Err
     options.set("cache.no-flush", "on");
     options.set("file", file_node);
     options.set("backing", base);
-    daemon.add_node(options)
+    daemon.block_on(|daemon| async move { daemon.add_node(options).await })
 }
 
 /// A file that is nowhere to be found.

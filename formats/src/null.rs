@@ -48,7 +48,7 @@ fn parse_name(name: &str, only: &str) -> Result<Options, Error> {
 const OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         name: "size",
-        kind: OptionKind::Size,
+        kind: OptionKind::Bytes,
         default: Some("1G"),
         reopen: true,
         changes_data: true,
@@ -56,7 +56,7 @@ const OPTIONS: &[OptionSpec] = &[
     },
     OptionSpec {
         name: "latency-ns",
-        kind: OptionKind::Size,
+        kind: OptionKind::Bytes,
         default: Some("0"),
         reopen: true,
         changes_data: false,

@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use blockcore::driver::{
-    Driver, DriverIo, DriverType, Limits, Mapping, MeasureSource, Measured, OpenRequest, Opened,
-    Place, Preallocation, ReopenRequest, Reopened, Role, Status, StatusFlags, TruncateFlags,
-    WriteFlags, ZeroFlags,
+    ChildPermissions, ChildQuery, Driver, DriverIo, DriverType, Limits, Mapping, MeasureSource,
+    Measured, OpenRequest, Opened, Place, Preallocation, ReopenRequest, Reopened, Role, Status,
+    StatusFlags, TruncateFlags, WriteFlags, ZeroFlags,
 };
+use blockcore::graph::permission::{self, Permissions};
 use blockcore::io::buffer::Segments;
 use blockcore::io::{Io, IoFuture};
 use blockcore::options::{OptionKind, OptionSpec, Options};
@@ -41,7 +42,7 @@ fn is_whole(options: &Options) -> bool {
 const OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         name: "offset",
-        kind: OptionKind::Size,
+        kind: OptionKind::Bytes,
         default: Some("0"),
         reopen: true,
         changes_data: true,
@@ -49,7 +50,7 @@ const OPTIONS: &[OptionSpec] = &[
     },
     OptionSpec {
         name: "size",
-        kind: OptionKind::Size,
+        kind: OptionKind::Bytes,
         default: Some(""),
         reopen: true,
         changes_data: true,
@@ -111,6 +112,11 @@ fn part(options: &Options, node: &str, child: &str, whole: u64) -> Result<Raw, E
         .get("size")
         .filter(|text| !text.is_empty())
         .map(|_| options.size(OPTIONS, "size"));
+    if let Some(bytes) = bytes.filter(|bytes| !bytes.is_multiple_of(512)) {
+        return Err(Error::invalid(format!(
+            "Specified size is not multiple of 512: option 'size' of node '{node}' is {bytes}"
+        )));
+    }
     let room = whole.checked_sub(offset).ok_or_else(|| {
         Error::invalid(format!(
             "option 'offset' of node '{node}' is {offset}, past the end of '{child}' ({whole} bytes)"
@@ -132,6 +138,17 @@ impl Driver for RawDriver {
     fn limits(&self, children: &[Option<Limits>]) -> Limits {
         // The child widens what is not aligned for it.
         children[0].map_or_else(Limits::default, Limits::above)
+    }
+
+    /// A part of a child ends where it ends: nothing is ever written past it, so the right to is needed
+    /// only for users who have it.
+    fn child_permissions(&self, query: &ChildQuery) -> ChildPermissions {
+        let writes = Permissions::WRITE | Permissions::RESIZE;
+        let rule = permission::default_rule(query);
+        ChildPermissions {
+            needs: (rule.needs - writes) | (query.needs & writes),
+            ..rule
+        }
     }
 
     fn reopen_prepare(

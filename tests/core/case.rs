@@ -16,6 +16,8 @@ pub(crate) struct Case {
     pub(crate) lives: usize,
     pub(crate) requests: usize,
     pub(crate) roots: usize,
+    /// No root writes from its beginning to its end.
+    pub(crate) readers_only: bool,
     pub(crate) fast_path: bool,
     /// How long the operator rests between two changes, at most.
     pub(crate) rest_us: u64,
@@ -35,6 +37,10 @@ pub(crate) struct DiskCase {
     /// How long the base is.
     pub(crate) base_bytes: u64,
     pub(crate) direct: bool,
+    /// It gets longer and shorter.
+    pub(crate) resizes: bool,
+    /// Its file is open for writing only while somebody writes.
+    pub(crate) auto_read_only: bool,
     is_device: bool,
     pub(crate) properties: FileProperties,
 }
@@ -51,6 +57,11 @@ impl DiskCase {
         if self.is_device && self.cluster.is_none() {
             self.properties.file_type = FileType::BlockDevice;
         }
+        self.resizes &= self.can_resize();
+        if self.resizes {
+            // As above.
+            self.properties.direct_alignment = 512;
+        }
         self
     }
 
@@ -65,13 +76,16 @@ impl DiskCase {
     /// The disk, from what the files hold.
     pub(crate) fn decode(&self, file: &[u8], base: &[u8]) -> Vec<u8> {
         let Some(cluster) = self.cluster else {
-            return file.to_vec();
+            let mut disk = file.to_vec();
+            // What is past the end is zero if it ever gets longer.
+            disk.resize(self.most_bytes() as usize, 0);
+            return disk;
         };
         let byte = |of: &[u8], at: u64| of.get(at as usize).copied().unwrap_or(0);
         let bytes =
             (0..self.bytes).map(|at| match byte(file, overlay::MAP_OFFSET + at / cluster) {
                 0 => byte(base, at),
-                1 => byte(file, overlay::DATA_OFFSET + at),
+                1 | 3 => byte(file, overlay::DATA_OFFSET + at),
                 _ => 0,
             });
         bytes.collect()
@@ -97,6 +111,8 @@ impl Case {
                 base_path: format!("/simulated/base{number}"),
                 base_bytes: of(&[2, 4, 24]) * 4096,
                 direct: of(&[0, 1]) == 1,
+                resizes: of(&[0, 1]) == 1,
+                auto_read_only: of(&[0, 1]) == 1,
                 is_device: of(&[0, 0, 0, 1]) == 1,
                 properties: FileProperties {
                     file_type: FileType::Regular,
@@ -124,6 +140,7 @@ impl Case {
             lives: of(&[1, 2, 3]) as usize,
             requests: of(&[40, 80, 160]) as usize,
             roots: of(&[1, 2, 3, 4]) as usize,
+            readers_only: of(&[0, 0, 0, 0, 0, 0, 0, 0, 0, 1]) == 1,
             fast_path: of(&[0, 1, 1]) == 1,
             rest_us: of(&[50, 500, 3000]),
             faults: Faults {

@@ -5,6 +5,7 @@ use std::rc::Rc;
 use blockcore::IoError;
 use blockcore::driver::{StatusFlags, WriteFlags, ZeroFlags};
 use blockcore::engine::{OpResult, preempt};
+use blockcore::graph::Graph;
 use blockcore::io::buffer::Segments;
 use blockcore::io::{Request, RequestKind};
 use futures_channel::oneshot;
@@ -14,12 +15,14 @@ use crate::life::{Life, User};
 use crate::view::View;
 
 /// A user's request that has entered.
-struct Asking {
-    life: Rc<Life>,
-    user: Rc<User>,
+pub(crate) struct Asking {
+    pub(crate) life: Rc<Life>,
+    pub(crate) user: Rc<User>,
     worker: usize,
-    request: Request,
-    view: Rc<View>,
+    pub(crate) request: Request,
+    pub(crate) view: Rc<View>,
+    /// What its disk's length was, as [`Length::cuts`](crate::length::Length::cuts) has it.
+    cuts: u32,
 }
 
 impl Life {
@@ -31,12 +34,15 @@ impl Life {
         let what = test.below(100);
         self.spawn(user, move |asking| async move {
             match what {
-                0..30 => asking.read().await,
-                30..60 => asking.write().await,
+                0..28 => asking.read().await,
+                28..52 => asking.write().await,
+                52..56 => asking.copy().await,
+                56..60 => asking.compress().await,
                 60..72 => asking.zero().await,
                 72..78 => asking.discard().await,
                 78..88 => asking.flush().await,
-                88..98 => asking.look().await,
+                88..95 => asking.look().await,
+                95..98 => asking.truncate().await,
                 _ => asking.out_of_range().await,
             }
         });
@@ -98,7 +104,7 @@ async fn is_whole(started: Option<impl Future<Output = OpResult>>, bytes: u64) -
 
 impl Asking {
     /// Enters at the root; `None` if it has moved away.
-    async fn enter(life: &Rc<Life>, user: &Rc<User>, worker: usize) -> Option<Self> {
+    pub(crate) async fn enter(life: &Rc<Life>, user: &Rc<User>, worker: usize) -> Option<Self> {
         let on = &life.workers[worker].0;
         preempt(&**on.engine()).await;
         if !user.places[worker].get().attached {
@@ -114,15 +120,43 @@ impl Asking {
         change(1);
         let request = root.enter(RequestKind::Other, 0, 0).await;
         change(-1);
+        Some(Self::entered(life, user, worker, request))
+    }
+
+    /// Enters at another root of the same worker, without waiting.
+    pub(crate) fn another(&self, user: &Rc<User>) -> Option<Self> {
+        if !user.places[self.worker].get().attached {
+            return None;
+        }
+        let root = self.life.workers[self.worker].0.context().root(user.id)?;
+        let request = root.try_enter(RequestKind::Other, 0, 0)?;
+        Some(Self::entered(&self.life, user, self.worker, request))
+    }
+
+    fn entered(life: &Rc<Life>, user: &Rc<User>, worker: usize, request: Request) -> Self {
         user.in_flight.set(user.in_flight.get() + 1);
-        Some(Self {
+        // A request that has entered keeps its way: no commit comes before its end.
+        let mut view = Rc::clone(&user.view.borrow());
+        if life.test.case.disks[view.disk].resizes {
+            // But for the length.
+            let node = life.control.node_of(user.id).expect("it has entered there");
+            let now = |graph: &Graph| View::of(graph, &life.test.case, node);
+            view = life.control.read(now);
+        }
+        Self {
             life: Rc::clone(life),
             user: Rc::clone(user),
             worker,
             request,
-            // A request that has entered keeps its way: no commit comes before its end.
-            view: Rc::clone(&user.view.borrow()),
-        })
+            cuts: life.test.disks[view.disk].length.cuts(),
+            view,
+        }
+    }
+
+    /// Whether what it meant may have been cut off.
+    pub(crate) fn is_cut(&self) -> bool {
+        let length = &self.life.test.disks[self.view.disk].length;
+        length.may_be_cut(self.cuts)
     }
 
     /// A range of the root in whole units, mostly small; `None` if the root is too short for one.
@@ -148,7 +182,7 @@ impl Asking {
     }
 
     /// Memory for a request: one piece or two, at alignments that the seed chooses.
-    fn memory(&self, bytes: u64) -> Segments {
+    pub(crate) fn memory(&self, bytes: u64) -> Segments {
         let test = &self.life.test;
         let unit = [1, 16, 512, 4096][test.below(4) as usize];
         let part = match test.chance(300) {
@@ -165,11 +199,11 @@ impl Asking {
         }
     }
 
-    fn on_disk(&self, offset: u64) -> u64 {
+    pub(crate) fn on_disk(&self, offset: u64) -> u64 {
         self.view.base + offset
     }
 
-    async fn read(self) {
+    pub(crate) async fn read(self) {
         let Some((offset, bytes)) = self.range() else {
             return;
         };
@@ -191,7 +225,7 @@ impl Asking {
         self.check("a read", result);
     }
 
-    async fn write(self) {
+    pub(crate) async fn write(self) {
         if !self.user.writes {
             return self.read().await;
         }
@@ -296,8 +330,14 @@ impl Asking {
 
     async fn flush(self) {
         let test = &self.life.test;
+        let length = &test.disks[self.view.disk].length;
+        let state = length.state();
         let flush = test.history(self.view.disk).begin_flush();
         let result = self.request.flush().await;
+        if result.is_ok() {
+            let path = &test.disks[self.view.disk].path;
+            length.flushed(state, test.simulation.lost_syncs(path));
+        }
         let flushed = match result {
             Ok(()) => Flushed::Done,
             Err(IoError::FlushLost) => Flushed::Lost,
@@ -324,7 +364,7 @@ impl Asking {
                 Some(vec![0; status.bytes.min(bytes) as usize])
             }
             Ok(status) => {
-                if status.bytes == 0 {
+                if status.bytes == 0 && !self.is_cut() {
                     test.fail("a status of no bytes inside of a node".into());
                 }
                 None
@@ -345,6 +385,10 @@ impl Asking {
 
     async fn out_of_range(self) {
         let test = &self.life.test;
+        if test.case.disks[self.view.disk].resizes {
+            // Somebody may make it longer meanwhile.
+            return;
+        }
         let (end, unit) = (self.view.bytes, self.user.unit);
         let (into, flags) = (self.memory(unit), WriteFlags::empty());
         let mut results = vec![self.request.read(end, into.clone()).await];
@@ -387,7 +431,7 @@ impl Asking {
         Some(async move { wait.await.expect("the event comes").0 })
     }
 
-    fn end_write(
+    pub(crate) fn end_write(
         &self,
         what: &str,
         write: history::Write,
@@ -401,6 +445,9 @@ impl Asking {
             Ok(()) => Outcome::Done,
             Err(_) => Outcome::Failed,
         };
+        if result.is_ok() {
+            self.wrote_to(at + bytes);
+        }
         let mut history = test.history(self.view.disk);
         history.end_write(write, outcome);
         let ended = history.now();
@@ -409,16 +456,21 @@ impl Asking {
             history.end_flush(flush, Flushed::Lost);
         }
         drop(history);
-        if result.is_ok() {
+        // A stable one is marked when it is written, and completes when it is durable: whoever looks and clears
+        // in between has the data.
+        if result.is_ok() && !flags.contains(WriteFlags::STABLE) {
             self.life.expect_marks(&self.view, at, bytes);
         }
         self.check(what, result);
         ended
     }
 
-    fn check(&self, what: &str, result: Result<(), IoError>) {
+    pub(crate) fn check(&self, what: &str, result: Result<(), IoError>) {
         let Err(error) = result else { return };
         let test = &self.life.test;
+        if error == IoError::OutOfRange && self.is_cut() {
+            return test.count(|totals| &mut totals.cut_short);
+        }
         test.count(|totals| &mut totals.failed);
         let faults = &test.case.faults;
         let syncs = faults.sync_error_permille > 0;

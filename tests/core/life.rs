@@ -16,7 +16,6 @@ use futures_channel::oneshot;
 use harness::overlay;
 use harness::pass::PASS_THROUGH;
 
-use crate::case::Case;
 use crate::marks::{Marks, Mirror};
 use crate::view::View;
 use crate::{LIMIT, Test};
@@ -39,6 +38,12 @@ pub(crate) struct Life {
     pub(crate) marks: RefCell<Vec<Marks>>,
     pub(crate) mirrors: Vec<Mirror>,
     pub(crate) next_name: Cell<u32>,
+    /// Another process has tried to have a disk.
+    pub(crate) has_intruder: Cell<bool>,
+    /// Whether somebody writes to each disk's file.
+    pub(crate) is_written: Vec<Cell<bool>>,
+    /// Whether nobody did at some time since somebody looked last.
+    pub(crate) was_unwritten: Vec<Cell<bool>>,
 }
 
 /// Somebody who uses a node.
@@ -46,6 +51,8 @@ pub(crate) struct User {
     pub(crate) id: RootId,
     pub(crate) unit: u64,
     pub(crate) writes: bool,
+    /// It may change the length.
+    pub(crate) resizes: bool,
     pub(crate) view: RefCell<Rc<View>>,
     /// By worker.
     pub(crate) places: Vec<Cell<Place>>,
@@ -79,6 +86,14 @@ impl Life {
         landed.map_err(|stuck| stuck.to_string())?;
         for disk in 0..test.disks.len() {
             test.history(disk).killed(false);
+            if test.case.disks[disk].resizes {
+                let bytes = test.file_bytes(disk);
+                test.disks[disk].length.found(bytes, false)?;
+            }
+        }
+        if test.chance(200) {
+            // What a process has left that was killed, or has closed, is anybody's.
+            test.visit()?;
         }
         let office = simulation.worker();
         let mut drivers = overlay::drivers();
@@ -113,7 +128,13 @@ impl Life {
             marks: RefCell::default(),
             mirrors: mirrors.collect(),
             next_name: Cell::new(0),
+            has_intruder: Cell::new(false),
+            is_written: test.disks.iter().map(|_| Cell::new(false)).collect(),
+            was_unwritten: test.disks.iter().map(|_| Cell::new(true)).collect(),
         });
+        life.control
+            .add_throttle_group("slow", Self::any_rates(test))
+            .expect("they make sense");
         let building = Rc::clone(&life);
         let built = life.run(async move { building.build().await })?;
         built.map(|()| life)
@@ -130,13 +151,8 @@ impl Life {
     async fn build(self: &Rc<Self>) -> Result<(), String> {
         let test = &self.test;
         for (number, disk) in test.case.disks.iter().enumerate() {
-            let direct = if disk.direct { "on" } else { "off" };
-            let driver = Case::driver(disk);
-            self.add(&format!(
-                "driver={driver},node-name=file{number},filename={},cache.direct={direct},discard=unmap",
-                disk.path
-            ))
-            .await?;
+            self.add(&self.file_options(number, disk.direct, false))
+                .await?;
             if disk.cluster.is_some() {
                 self.add(&format!(
                     "driver=file,node-name=base{number},filename={},read-only=on",
@@ -159,7 +175,10 @@ impl Life {
         for number in 0..test.case.roots {
             let disk = test.below(test.disks.len() as u64) as usize;
             let node = self.any_node(disk, false);
-            let writes = number == 0 || test.chance(800);
+            let writes = match test.case.readers_only {
+                true => false,
+                false => number == 0 || test.chance(800),
+            };
             self.add_user(&node, writes).await?;
         }
         Ok(())
@@ -177,21 +196,13 @@ impl Life {
         Err("a node cannot be added".into())
     }
 
-    /// Injected failures may make any change fail.
+    /// Injected failures may make any change fail, and so may another process that tries to have a disk: it
+    /// holds some locks while it tries.
     pub(crate) fn check_error(&self, what: &str, error: &Error) -> Result<(), String> {
-        let faults = &self.test.case.faults;
-        let fails = faults.call_error_permille > 0
-            || faults.sync_error_permille > 0
-            || faults.read_error_permille > 0
-            || faults.write_error_permille > 0
-            || faults.no_space_permille > 0;
-        if error.kind() == ErrorKind::Io && fails {
-            return Ok(());
+        match error.kind() {
+            ErrorKind::Busy if self.has_intruder.get() => Ok(()),
+            _ => self.test.check_error(what, error),
         }
-        Err(format!(
-            "{what} fails, which nothing explains: {}",
-            error.report()
-        ))
     }
 
     pub(crate) fn new_name(&self) -> String {
@@ -203,9 +214,10 @@ impl Life {
     pub(crate) fn part_options(&self, number: usize) -> String {
         let test = &self.test;
         let grain = test.case.grain;
-        let cells = test.case.disks[number].bytes / grain;
+        let cells = test.disks[number].length.bytes() / grain;
         let offset = test.below(cells / 2) * [0, 1][test.below(2) as usize];
         let bytes = 1 + test.below(cells - offset);
+        let is_part = !test.case.disks[number].resizes || test.chance(300);
         let unmap = test.chance(500);
         let detect = match test.below(3) {
             0 if unmap => "unmap",
@@ -218,6 +230,11 @@ impl Life {
         );
         let disk = &test.case.disks[number];
         let Some(cluster) = disk.cluster else {
+            if !is_part {
+                // To the end of the disk, wherever that is.
+                let offset = offset * grain;
+                return format!("driver=raw,node-name=part{number},offset={offset},{modes}");
+            }
             return format!(
                 "driver=raw,node-name=part{number},offset={},size={},{modes}",
                 offset * grain,
@@ -266,10 +283,14 @@ impl Life {
             shares: Permissions::all(),
             ..RootSpec::writer(format!("guest {}", self.roots.borrow().len()))
         };
-        let spec = spec.in_units_of(unit as u32);
+        let mut spec = spec.in_units_of(unit as u32);
+        let mut resizes = writes && test.chance(400);
         let id = loop {
+            spec.needs.set(Permissions::RESIZE, resizes);
             match self.control.add_root(node, spec.clone()).await {
                 Ok(id) => break id,
+                // Somebody beside it needs the length to stay.
+                Err(error) if resizes && error.kind() == ErrorKind::Busy => resizes = false,
                 // The part of a disk keeps its length for itself.
                 Err(error) => self.check_error("adding a root", &error)?,
             }
@@ -278,6 +299,7 @@ impl Life {
             id,
             unit,
             writes,
+            resizes,
             view: RefCell::default(),
             places: (0..self.workers.len()).map(|_| Cell::default()).collect(),
             in_flight: Cell::new(0),
@@ -321,6 +343,11 @@ impl Life {
                 self.test.fail(why);
             }
         });
+        for disk in 0..self.test.disks.len() {
+            let written = self.needs_of_file(disk).contains(Permissions::WRITE);
+            self.is_written[disk].set(written);
+            self.was_unwritten[disk].set(self.was_unwritten[disk].get() || !written);
+        }
     }
 
     /// From the first request to the end.
@@ -348,28 +375,28 @@ impl Life {
         self.serve(requests)?;
         let simulation = &test.simulation;
         match end {
-            End::InOrder => return self.close(),
-            End::Kill => {
+            End::InOrder => {
+                self.close()?;
+                if !test.has_lost_an_image() {
+                    return Ok(());
+                }
+            }
+            // The host has marked clean what it has lost. A new process cannot know, and an image goes on
+            // where a map says so that never reached the disk: no process follows without a power cut.
+            End::Kill if !test.has_lost_an_image() => {
                 test.count(|totals| &mut totals.kills);
                 simulation.kill();
+                return test.check();
             }
-            End::PowerCut | End::KillThenPowerCut => {
-                test.count(|totals| &mut totals.power_cuts);
-                if end == End::KillThenPowerCut {
-                    simulation.kill();
-                    for _ in 0..test.below(10) {
-                        simulation.step();
-                    }
-                }
-                simulation.power_cut();
-                for disk in 0..test.disks.len() {
-                    let contents = test.contents(disk);
-                    let cut = test.history(disk).power_cut(&contents);
-                    cut.map_err(|wrong| format!("{}: {wrong}", test.disks[disk].path))?;
+            End::PowerCut => {}
+            End::Kill | End::KillThenPowerCut => {
+                simulation.kill();
+                for _ in 0..test.below(10) {
+                    simulation.step();
                 }
             }
         }
-        test.check()
+        test.cut_power()
     }
 
     fn until(&self, done: impl FnMut() -> bool) -> Result<(), String> {
@@ -424,6 +451,10 @@ impl Life {
             over || test.has_failed()
         })?;
         for disk in 0..test.disks.len() {
+            if test.case.disks[disk].resizes {
+                let bytes = test.file_bytes(disk);
+                test.disks[disk].length.found(bytes, false)?;
+            }
             let checked = test.history(disk).check_now(&test.contents(disk));
             checked.map_err(|wrong| format!("{}: {wrong}", test.disks[disk].path))?;
         }

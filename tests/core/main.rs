@@ -10,12 +10,16 @@
 //! The environment chooses the seeds: see [`harness::seeds`].
 
 mod case;
+mod copy;
 #[cfg(feature = "planted-faults")]
 mod faults;
 mod guest;
+mod length;
 mod life;
 mod marks;
+mod modes;
 mod operator;
+mod other;
 mod view;
 
 use std::cell::{Cell, RefCell};
@@ -34,6 +38,7 @@ use harness::history::{self, Flushed, History};
 use harness::{pass, seeds};
 
 use case::{Case, DiskCase};
+use length::Length;
 use life::Life;
 
 /// Seeds tried when nothing is said.
@@ -98,6 +103,18 @@ struct Totals {
     mirror_looks: u64,
     mark_looks: u64,
     zero_answers: u64,
+    resizes: u64,
+    truncates: u64,
+    cut_short: u64,
+    copies: u64,
+    compressed: u64,
+    reopened: u64,
+    read_only: u64,
+    lone_writers: u64,
+    frozen: u64,
+    visits: u64,
+    excluded: u64,
+    filters: u64,
 }
 
 impl Totals {
@@ -109,6 +126,13 @@ impl Totals {
         assert!(self.refused > 500 && self.drains > 2_000, "{self:?}");
         assert!(self.waited_elsewhere > 100 && self.moves > 500, "{self:?}");
         assert!(self.mirror_looks > 500 && self.mark_looks > 500, "{self:?}");
+        assert!(self.resizes > 200 && self.truncates > 100, "{self:?}");
+        assert!(self.cut_short > 20, "{self:?}");
+        assert!(self.copies > 500 && self.compressed > 200, "{self:?}");
+        assert!(self.reopened > 500 && self.read_only > 20, "{self:?}");
+        assert!(self.lone_writers > 20 && self.frozen > 100, "{self:?}");
+        assert!(self.visits > 300 && self.excluded > 50, "{self:?}");
+        assert!(self.filters > 500, "{self:?}");
     }
 
     fn add(&mut self, other: &Self) {
@@ -126,6 +150,18 @@ impl Totals {
         self.mirror_looks += other.mirror_looks;
         self.mark_looks += other.mark_looks;
         self.zero_answers += other.zero_answers;
+        self.resizes += other.resizes;
+        self.truncates += other.truncates;
+        self.cut_short += other.cut_short;
+        self.copies += other.copies;
+        self.compressed += other.compressed;
+        self.reopened += other.reopened;
+        self.read_only += other.read_only;
+        self.lone_writers += other.lone_writers;
+        self.frozen += other.frozen;
+        self.visits += other.visits;
+        self.excluded += other.excluded;
+        self.filters += other.filters;
     }
 }
 
@@ -143,6 +179,7 @@ struct Test {
 /// A disk and what it may hold.
 struct Disk {
     path: String,
+    length: Length,
     history: RefCell<History>,
     /// Syncs of it that have failed, as far as the history knows.
     lost_syncs: Cell<u64>,
@@ -161,13 +198,14 @@ impl Test {
         }
         simulation.set_faults(case.faults.clone());
         let disks = case.disks.iter().map(|disk| {
-            let mut history = History::new(disk.bytes, case.grain);
+            let mut history = History::new(disk.most_bytes(), case.grain);
             if disk.cluster.is_some() {
                 let base = history.begin_write(BASE_TAG, 0, disk.base_bytes);
                 history.end_write(base, history::Outcome::Stable);
             }
             Disk {
                 path: disk.path.clone(),
+                length: Length::new(disk),
                 history: RefCell::new(history),
                 lost_syncs: Cell::new(0),
             }
@@ -230,6 +268,52 @@ impl Test {
         history
     }
 
+    /// Injected failures may make any change fail.
+    fn check_error(&self, what: &str, error: &Error) -> Result<(), String> {
+        let faults = &self.case.faults;
+        let fails = faults.call_error_permille > 0
+            || faults.sync_error_permille > 0
+            || faults.read_error_permille > 0
+            || faults.write_error_permille > 0
+            || faults.no_space_permille > 0;
+        if error.kind() == ErrorKind::Io && fails {
+            return Ok(());
+        }
+        Err(format!(
+            "{what} fails, which nothing explains: {}",
+            error.report()
+        ))
+    }
+
+    /// The power goes, and each disk is what it may be then.
+    fn cut_power(&self) -> Result<(), String> {
+        self.count(|totals| &mut totals.power_cuts);
+        self.simulation.power_cut();
+        for disk in 0..self.disks.len() {
+            let contents = self.contents(disk);
+            let cut = self.history(disk).power_cut(&contents);
+            cut.map_err(|wrong| format!("{}: {wrong}", self.disks[disk].path))?;
+            if self.case.disks[disk].resizes {
+                self.disks[disk].length.found(self.file_bytes(disk), true)?;
+            }
+        }
+        self.check()
+    }
+
+    /// Whether a sync of an image has failed, in this life or one that was killed before.
+    fn has_lost_an_image(&self) -> bool {
+        let disks = self.case.disks.iter().filter(|disk| disk.cluster.is_some());
+        let mut lost = disks.map(|disk| self.simulation.lost_syncs(&disk.path));
+        lost.any(|lost| lost > 0)
+    }
+
+    /// How long a disk's file is now.
+    fn file_bytes(&self, disk: usize) -> u64 {
+        let file = self.simulation.contents(&self.disks[disk].path);
+        file.expect("nobody removes it").len() as u64
+    }
+
+    /// What a disk holds, as long as it may become.
     fn contents(&self, disk: usize) -> Vec<u8> {
         let case = &self.case.disks[disk];
         let file = self.simulation.contents(&case.path);

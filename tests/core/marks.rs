@@ -40,6 +40,11 @@ impl Mirror {
     pub(crate) fn root(&self) -> Option<RootId> {
         self.root.get()
     }
+
+    /// The disk is `bytes` long now: what was past that is zero if it gets longer again.
+    pub(crate) fn cut(&self, bytes: u64) {
+        self.copy.borrow_mut().truncate(bytes as usize);
+    }
 }
 
 impl Life {
@@ -59,6 +64,13 @@ impl Life {
             if marks.node == node {
                 marks.expected.clear();
             }
+        }
+    }
+
+    /// Forgets everything that was expected.
+    pub(crate) fn forget_all_marks(&self) {
+        for marks in self.marks.borrow_mut().iter_mut() {
+            marks.expected.clear();
         }
     }
 
@@ -143,7 +155,9 @@ impl Life {
             let added = self.control.change_bitmaps(&node, |bitmaps| {
                 bitmaps.add("mirror", UNIT)?;
                 // What changes from here on is marked.
-                mirror.copy.replace(self.test.contents(disk));
+                let mut copy = self.test.contents(disk);
+                copy.truncate(self.test.file_bytes(disk) as usize);
+                mirror.copy.replace(copy);
                 Ok(())
             });
             return added.await.map_err(|error| error.report());
@@ -156,13 +170,22 @@ impl Life {
         let root = self.control.root_here(id).map_err(|error| error.report())?;
         for area in taken.areas(0, taken.length(), 4 * UNIT).collect::<Vec<_>>() {
             let into = Segments::allocate(area.bytes as usize, 4096);
+            let length = &self.test.disks[disk].length;
+            let cuts = length.cuts();
             match root.read(area.offset, into.clone()).await {
-                Ok(()) => {
-                    let at = area.offset as usize;
+                Ok(()) if !length.may_be_cut(cuts) => {
+                    let (at, end) = (area.offset as usize, (area.offset + area.bytes) as usize);
                     let mut copy = mirror.copy.borrow_mut();
-                    copy[at..at + area.bytes as usize].copy_from_slice(&into.to_vec());
+                    if copy.len() < end {
+                        copy.resize(end, 0);
+                    }
+                    copy[at..end].copy_from_slice(&into.to_vec());
                 }
-                Err(_) => bits.set(area.offset, area.bytes),
+                // It may have been made to fit since.
+                _ => {
+                    let bits = self.bits(&node, "mirror").expect("added before");
+                    bits.set(area.offset, area.bytes);
+                }
             }
         }
         Ok(())
@@ -174,13 +197,24 @@ impl Life {
         if mirror.copy.borrow().is_empty() {
             return;
         }
+        if self.test.case.disks[disk].resizes {
+            // The bitmap may have to be made to fit.
+            self.control.take_notices();
+            self.settle().await;
+        }
         let node = format!("file{disk}");
         let id = self.control.read(|graph| graph.node(&node).map(|n| n.id()));
         let scope = Scope::Nodes(BTreeSet::from([id.expect("leaves stay")]));
         let _drained = self.control.drain(scope).await;
         let bits = self.bits(&node, "mirror").expect("added before");
-        let contents = self.test.contents(disk);
+        let mut contents = self.test.contents(disk);
+        contents.truncate(self.test.file_bytes(disk) as usize);
+        if bits.length() != contents.len() as u64 {
+            // Once more.
+            return;
+        }
         let mut copy = mirror.copy.borrow_mut();
+        copy.resize(contents.len(), 0);
         for area in bits.take().areas(0, bits.length(), u64::MAX) {
             let range = area.offset as usize..(area.offset + area.bytes) as usize;
             copy[range.clone()].copy_from_slice(&contents[range]);

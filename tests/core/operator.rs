@@ -9,6 +9,7 @@ use blockcore::drain::Scope;
 use blockcore::graph::permission::Permissions;
 use blockcore::graph::{Change, NodeId, RootSpec};
 use blockcore::options::Options;
+use blockcore::throttle::{Limits, Rate};
 use blockcore::{Error, ErrorKind};
 use futures_channel::oneshot;
 
@@ -20,6 +21,9 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// How often the operator looks whether something has happened.
 const LOOK: Duration = Duration::from_micros(50);
 
+/// Filters that there are for operators.
+const REAL_FILTERS: [&str; 4] = ["throttle", "copy-on-read", "compress", "preallocate"];
+
 /// Which roots a drained section covers, by the graph as it is when that is asked.
 enum Covered {
     All,
@@ -28,11 +32,14 @@ enum Covered {
 }
 
 /// How an attempt at a change ended.
-enum Outcome {
+pub(crate) enum Outcome {
     Committed,
     GivenUp,
     Refused(Error),
 }
+
+/// The locks on a file: byte, and whether it excludes others.
+type Locks = Vec<(u64, bool)>;
 
 impl Life {
     /// Starts the operator's work, which goes on until the life is to end.
@@ -46,6 +53,8 @@ impl Life {
                     life.test.fail(why);
                 }
                 life.control.take_notices();
+                // Somebody may have changed a length.
+                life.update_views();
             }
         });
     }
@@ -59,12 +68,34 @@ impl Life {
         });
     }
 
-    async fn rest(&self, time: Duration) {
+    pub(crate) async fn rest(&self, time: Duration) {
         self.office.context().delay(time).await;
     }
 
     async fn work(self: &Rc<Self>) -> Result<(), String> {
-        match self.test.below(100) {
+        match self.test.below(150) {
+            120..130 => self.work_on_marks().await,
+            130..135 => {
+                let disk = self.any_disk();
+                self.mirror(disk).await
+            }
+            135..144 => {
+                self.compare_mirror(self.any_disk()).await;
+                Ok(())
+            }
+            144..150 => self.resize().await,
+            100..106 => self.reopen_file().await,
+            106..110 => self.write_for_a_while().await,
+            110..114 => self.freeze().await,
+            114..117 => self.insert_real_filter().await,
+            117 => {
+                self.change_rates();
+                Ok(())
+            }
+            118 => {
+                self.intrude();
+                Ok(())
+            }
             0..15 => self.insert_filter().await,
             15..25 => self.remove_filter().await,
             25..37 => self.reopen_part().await,
@@ -85,19 +116,23 @@ impl Life {
                 self.compare_mirror(self.any_disk()).await;
                 Ok(())
             }
-            _ => self.claim_what_is_not_shared().await,
+            96..98 => self.claim_what_is_not_shared().await,
+            _ => self.resize().await,
         }
     }
 
     /// Makes a change, or gives it up; then everything must be as it was.
-    async fn attempt(
+    pub(crate) async fn attempt(
         self: &Rc<Self>,
         build: impl AsyncFnOnce(&mut Change) -> Result<(), Error>,
     ) -> Result<Outcome, String> {
         let test = &self.test;
         let mut change = self.control.begin().await;
         let roots: Vec<_> = self.roots.borrow().iter().map(|user| user.id).collect();
-        let look = || (dump(&self.control, &test.case, &roots), self.locks());
+        let look = || {
+            let dump = dump(&self.control, &test.case, &roots);
+            (dump, self.locks() == self.needed_locks())
+        };
         let before = look();
         let refused = match build(&mut change).await {
             Err(error) => {
@@ -133,14 +168,16 @@ impl Life {
         self.control.begin().await.abort().await;
         let mut after = look();
         let end = self.office.context().engine().now() + Duration::from_secs(1);
-        while before.1 != after.1 && self.office.context().engine().now() < end {
+        let is_over = || self.office.context().engine().now() >= end || self.has_intruder.get();
+        while !after.1 && !is_over() {
             self.rest(LOOK).await;
             after = look();
         }
-        if before.1 != after.1 {
+        if !after.1 && !self.has_intruder.get() {
             return Err(format!(
-                "a change was given up; the locks were {:?} and are {:?}",
-                before.1, after.1
+                "a change was given up; the locks were to be {:?} and are {:?}",
+                self.needed_locks(),
+                self.locks()
             ));
         }
         if let Some(difference) = difference(&before.0, &after.0) {
@@ -149,7 +186,7 @@ impl Life {
         Ok(refused.map_or(Outcome::GivenUp, Outcome::Refused))
     }
 
-    fn locks(&self) -> Vec<Vec<(u64, bool)>> {
+    fn locks(&self) -> Vec<Locks> {
         let disks = self.test.disks.iter();
         let locks = disks.map(|disk| {
             let mut locks = self.test.simulation.locks(&disk.path);
@@ -159,8 +196,26 @@ impl Life {
         locks.collect()
     }
 
+    /// What keeps other processes from what the users of each file do not share: for each permission that
+    /// they need byte 100 and so on, for each that they do not share byte 200 and so on.
+    fn needed_locks(&self) -> Vec<Locks> {
+        let bytes = |begin: u64, set: Permissions| {
+            let bits = (0..8).filter(move |bit| set.bits() & (1 << bit) != 0);
+            bits.map(move |bit| (begin + bit, false))
+        };
+        self.control.read(|graph| {
+            let files = (0..self.test.disks.len()).map(|disk| {
+                let node = graph.node(&format!("file{disk}")).expect("leaves stay");
+                let (needs, shares) = graph.cumulative_permissions(node.id());
+                let unshared = bytes(200, Permissions::all() - shares);
+                bytes(100, needs).chain(unshared).collect()
+            });
+            files.collect()
+        })
+    }
+
     /// An attempt that only the host may foil.
-    async fn change(
+    pub(crate) async fn change(
         self: &Rc<Self>,
         what: &str,
         build: impl AsyncFnOnce(&mut Change) -> Result<(), Error>,
@@ -202,17 +257,87 @@ impl Life {
         }
     }
 
-    fn filters(&self) -> Vec<String> {
+    fn filters_of(&self, drivers: &[&str]) -> Vec<String> {
         self.control.read(|graph| {
-            let filters = graph.nodes().filter(|n| n.driver_name() == "pass-through");
+            let filters = graph.nodes().filter(|n| drivers.contains(&n.driver_name()));
             filters.map(|node| node.name().to_owned()).collect()
         })
     }
 
+    /// Whether somewhere what is written is compressed in whole clusters: a write that does not come through
+    /// there could be undone by one that does.
+    pub(crate) fn has_compressing(&self) -> bool {
+        !self.filters_of(&["compress"]).is_empty()
+    }
+
+    fn filters(&self) -> Vec<String> {
+        self.filters_of(&["pass-through"])
+    }
+
     fn any_filter(&self) -> Option<String> {
-        let filters = self.filters();
+        let mut filters = self.filters_of(&REAL_FILTERS);
+        filters.extend(self.filters());
         let chosen = self.test.below(filters.len() as u64) as usize;
         filters.get(chosen).cloned()
+    }
+
+    /// Rates for those who are throttled: none, or slow for a simulated disk.
+    pub(crate) fn any_rates(test: &crate::Test) -> Limits {
+        match test.chance(400) {
+            true => Limits::default(),
+            false => Limits {
+                iops_total: Rate::per_second(500 + test.below(5000)),
+                ..Limits::default()
+            },
+        }
+    }
+
+    fn change_rates(&self) {
+        let changed = self
+            .control
+            .set_throttle_limits("slow", Self::any_rates(&self.test));
+        changed.expect("they make sense");
+    }
+
+    /// One of the filters that there are for operators.
+    async fn insert_real_filter(self: &Rc<Self>) -> Result<(), String> {
+        let test = &self.test;
+        let disk = self.any_disk();
+        let is_image = test.case.disks[disk].cluster.is_some();
+        let name = self.new_name();
+        let there = self.filters_of(&REAL_FILTERS);
+        if there.len() >= 3 {
+            return self.remove_filter().await;
+        }
+        let (options, below) = match test.below(4) {
+            0 => (
+                "driver=throttle,throttle-group=slow",
+                self.any_node(disk, true),
+            ),
+            1 => ("driver=copy-on-read", self.any_node(disk, false)),
+            // All that is written goes through it, or its clusters would undo what does not.
+            2 if is_image => ("driver=compress", format!("part{disk}")),
+            // A file that nobody writes to any more cannot be cut off.
+            3 if is_image && !test.case.disks[disk].auto_read_only => (
+                "driver=preallocate,prealloc-align=4K,prealloc-size=64K",
+                format!("file{disk}"),
+            ),
+            _ => return Ok(()),
+        };
+        let options = format!("{options},node-name={name},discard=unmap,file={below}");
+        let insert = async |change: &mut Change| {
+            let filter = change.add(Options::parse(&options, None)?, None).await?;
+            let below = change.find(&below)?;
+            change.replace_node(below, filter)
+        };
+        match self.attempt(insert).await? {
+            Outcome::Committed => test.count(|totals| &mut totals.filters),
+            Outcome::GivenUp => {}
+            // A base is only read, and nothing is copied into it.
+            Outcome::Refused(error) if error.kind() == ErrorKind::PermissionDenied => {}
+            Outcome::Refused(error) => self.check_error(&options, &error)?,
+        }
+        Ok(())
     }
 
     async fn remove_filter(self: &Rc<Self>) -> Result<(), String> {
@@ -230,7 +355,7 @@ impl Life {
 
     /// Another part of a disk, or the same with other modes.
     async fn reopen_part(self: &Rc<Self>) -> Result<(), String> {
-        let disk = self.any_disk();
+        let (test, disk) = (&self.test, self.any_disk());
         let options = Options::parse(&self.part_options(disk), None).expect("well-formed");
         let reopen = async |change: &mut Change| change.reopen(vec![options]).await;
         match self.attempt(reopen).await? {
@@ -244,12 +369,17 @@ impl Life {
                 // Its child may be another, shorter disk by now.
                 Ok(())
             }
+            Outcome::Refused(error) if error.kind() == ErrorKind::Busy => {
+                // Whoever uses a part needs the length to stay, and somebody may change it.
+                test.count(|totals| &mut totals.refused);
+                Ok(())
+            }
             Outcome::Refused(error) => self.check_error("reopening a part", &error),
         }
     }
 
     /// What follows from a commit in the background: bitmaps are made to fit.
-    async fn settle(&self) {
+    pub(crate) async fn settle(&self) {
         self.rest(Duration::from_millis(1)).await;
         self.control.begin().await.abort().await;
     }
@@ -296,6 +426,10 @@ impl Life {
     /// Gives a part another disk, or a filter another node: what its users read is another disk then.
     async fn replace_child(self: &Rc<Self>) -> Result<(), String> {
         let test = &self.test;
+        if self.has_compressing() {
+            // Nobody may come to write past it.
+            return Ok(());
+        }
         let disk = self.any_disk();
         let node = self.any_node(disk, false);
         let child = self.any_node(self.any_disk(), false);

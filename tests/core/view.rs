@@ -43,7 +43,10 @@ impl View {
                 disk,
                 image,
                 base: 0,
-                bytes: case.disks[disk].bytes,
+                bytes: match case.disks[disk].resizes {
+                    true => found.bytes(),
+                    false => case.disks[disk].bytes,
+                },
                 path: vec![(name, (!image).then_some(0))],
                 unmap,
             });
@@ -73,11 +76,17 @@ impl View {
         let base = below.base + offset;
         let mut path = vec![(name, (!below.image).then_some(base))];
         path.extend(below.path.iter().cloned());
+        let bytes = number("size").map_or(room, |bytes| bytes.min(room));
+        let bytes = match case.disks[below.disk].resizes {
+            // It hears of another length of the disk in a moment.
+            true => bytes.min(found.bytes()),
+            false => bytes,
+        };
         Rc::new(Self {
             disk: below.disk,
             image: below.image,
             base,
-            bytes: number("size").map_or(room, |bytes| bytes.min(room)),
+            bytes,
             path,
             unmap: unmap && below.unmap,
         })
@@ -94,8 +103,9 @@ pub(crate) fn dump(control: &Control, case: &Case, roots: &[RootId]) -> BTreeMap
     control.read(|graph| {
         let mut dump = BTreeMap::new();
         for node in graph.nodes() {
-            // The file of an image grows when it likes.
-            let grows = View::of(graph, case, node.id()).image;
+            // The file of an image grows when it likes; users change the length of others.
+            let view = View::of(graph, case, node.id());
+            let grows = view.image || case.disks[view.disk].resizes;
             let mut line = format!(
                 "{} {:?} {:?} {:?} bytes {:?} half {:p}",
                 node.driver_name(),
@@ -123,7 +133,9 @@ pub(crate) fn dump(control: &Control, case: &Case, roots: &[RootId]) -> BTreeMap
             );
             dump.insert(format!("edge {number}"), line);
         }
-        for root in roots {
+        // Bitmaps are made to fit when they like.
+        let fixed = !case.disks.iter().any(|disk| disk.resizes);
+        for root in roots.iter().filter(|_| fixed) {
             let plan = graph.plan(*root);
             let line = plan.map_or(String::new(), |plan| format!("{:p}", Arc::as_ptr(&plan)));
             dump.insert(format!("{root:?}"), line);

@@ -5,6 +5,7 @@
 mod blkdebug;
 mod compress;
 mod copy_on_read;
+mod length;
 mod overlay;
 mod preallocate;
 mod setup;

@@ -12,7 +12,8 @@
 //! * once a flush has succeeded, a power cut leaves nothing that a write had replaced before the flush
 //!   began.
 //!
-//! A write is a tag, and a tag is a pattern of bytes that differs at every offset; tag 0 is zeroes.
+//! A write is a tag, and a tag is a pattern of bytes that differs at every offset; tag 0 is zeroes. What is
+//! copied from another place keeps its tag, and its pattern is that of the place that it comes from.
 
 use std::fmt;
 
@@ -32,6 +33,8 @@ pub struct History {
 #[derive(Clone, Debug)]
 struct Version {
     tag: u32,
+    /// How far it was copied, modulo 2^64.
+    shift: u64,
     /// When its request ended, however; `u32::MAX` while it is under way.
     ended: u32,
     /// When a read first could not see it any more.
@@ -45,12 +48,42 @@ struct Version {
 impl Version {
     /// Zeroes that were always there.
     const ZEROES: Self = Self {
-        tag: 0,
         ended: 0,
-        replaced: u32::MAX,
-        buried: None,
-        gone: false,
+        ..Self::begun(0, 0)
     };
+
+    /// One that is under way.
+    const fn begun(tag: u32, shift: u64) -> Self {
+        Self {
+            tag,
+            shift,
+            ended: u32::MAX,
+            replaced: u32::MAX,
+            buried: None,
+            gone: false,
+        }
+    }
+
+    /// The byte that it has at `offset`; `None`: any.
+    fn byte(&self, offset: u64) -> Option<u8> {
+        (self.tag != ANYTHING).then(|| pattern(self.tag, offset.wrapping_sub(self.shift)))
+    }
+
+    /// How many of the bytes at `offset` are its own.
+    fn matching(&self, offset: u64, bytes: &[u8]) -> usize {
+        if self.tag == ANYTHING {
+            return bytes.len();
+        }
+        let own = data(
+            self.tag,
+            offset.wrapping_sub(self.shift),
+            bytes.len() as u64,
+        );
+        own.iter()
+            .zip(bytes)
+            .filter(|(one, other)| one == other)
+            .count()
+    }
 }
 
 /// A write under way.
@@ -69,6 +102,18 @@ impl Write {
         self.begun
     }
 }
+
+/// A copy from another place under way, where it goes to.
+#[must_use]
+#[derive(Debug)]
+pub struct Copy {
+    offset: u64,
+    bytes: u64,
+    begun: u32,
+}
+
+/// What a copy may have found in the cells that it comes from.
+pub struct Found(Vec<Vec<(u32, u64)>>);
 
 /// How a write ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,6 +166,9 @@ impl fmt::Display for Mismatch {
 
 /// Tags with this bit have a pattern that can be compressed: it differs every 128 bytes only.
 pub const COMPRESSIBLE: u32 = 1 << 31;
+
+/// What a copy under way has put there is not known before it ends; nor is it after a kill.
+const ANYTHING: u32 = u32::MAX;
 
 /// What a write of `tag` puts at `offset`.
 pub fn pattern(tag: u32, offset: u64) -> u8 {
@@ -191,13 +239,7 @@ impl History {
     pub fn begin_write(&mut self, tag: u32, offset: u64, bytes: u64) -> Write {
         let begun = self.tick();
         for cell in self.range(offset, bytes) {
-            self.cells[cell].push(Version {
-                tag,
-                ended: u32::MAX,
-                replaced: u32::MAX,
-                buried: None,
-                gone: false,
-            });
+            self.cells[cell].push(Version::begun(tag, 0));
         }
         Write {
             tag,
@@ -234,6 +276,71 @@ impl History {
                 version.gone |= outcome == Outcome::Stable;
             }
             cell.retain(|version| !version.gone || version.replaced >= oldest_read);
+        }
+    }
+
+    /// A copy into a range is about to be asked for. A read is begun where it comes from, before.
+    pub fn begin_copy(&mut self, offset: u64, bytes: u64) -> Copy {
+        let begun = self.tick();
+        for cell in self.range(offset, bytes) {
+            self.cells[cell].push(Version::begun(ANYTHING, u64::from(begun)));
+        }
+        Copy {
+            offset,
+            bytes,
+            begun,
+        }
+    }
+
+    /// What a copy that ends now may have found where it comes from.
+    pub fn end_found(&mut self, read: Read) -> Found {
+        self.reads.retain(|begun| *begun != read.begun);
+        let cells = self.range(read.offset, read.bytes).map(|cell| {
+            let versions = self.cells[cell].iter();
+            let seen = versions.filter(|version| version.replaced >= read.begun);
+            seen.map(|version| (version.tag, version.shift)).collect()
+        });
+        Found(cells.collect())
+    }
+
+    /// A copy has ended; `from` is where it comes from.
+    pub fn end_copy(&mut self, copy: Copy, from: u64, found: Found, outcome: Outcome) {
+        let now = self.tick();
+        let oldest_read = self.reads.iter().min().copied().unwrap_or(now);
+        let lost_at = self.lost_at;
+        for (cell, found) in self.range(copy.offset, copy.bytes).zip(found.0) {
+            let cell = &mut self.cells[cell];
+            let before = cell.len();
+            cell.retain(|version| {
+                let own = version.tag == ANYTHING && version.shift == u64::from(copy.begun);
+                !own || version.ended != u32::MAX
+            });
+            assert_eq!(cell.len() + 1, before, "begun, and not ended before");
+            if outcome != Outcome::Failed {
+                for version in cell.iter_mut().filter(|old| old.ended < copy.begun) {
+                    version.replaced = version.replaced.min(now);
+                    if version.buried.is_none_or(|(begun, _)| begun <= lost_at) {
+                        version.buried = Some((copy.begun, now));
+                    }
+                }
+            }
+            let shift = copy.offset.wrapping_sub(from);
+            cell.extend(found.into_iter().map(|(tag, already)| Version {
+                ended: now,
+                ..Version::begun(tag, already.wrapping_add(shift))
+            }));
+            cell.retain(|version| !version.gone || version.replaced >= oldest_read);
+        }
+    }
+
+    /// A write was refused before anything of it happened.
+    pub fn refuse_write(&mut self, write: Write) {
+        for cell in self.range(write.offset, write.bytes) {
+            let cell = &mut self.cells[cell];
+            let mut versions = cell.iter();
+            let own =
+                versions.position(|version| version.tag == write.tag && version.ended == u32::MAX);
+            cell.remove(own.expect("begun, and not ended before"));
         }
     }
 
@@ -370,16 +477,13 @@ impl History {
             let offset = index as u64 * self.grain;
             let bytes = &contents[index * grain..(index + 1) * grain];
             cell.retain(|version| !version.gone);
-            let matching = |tag| {
-                let pairs = bytes.iter().zip(data(tag, offset, grain as u64));
-                pairs.filter(|(is, would)| *is == would).count()
-            };
+            let matching = |version: &Version| version.matching(offset, bytes);
             // Torn by sectors it may hold two writes; otherwise it holds one.
-            let is_one = cell.iter().any(|version| matching(version.tag) == grain);
+            let is_one = cell.iter().any(|version| matching(version) == grain);
             let least = if is_one { grain } else { 1 };
             cell.retain_mut(|version| {
                 version.ended = version.ended.min(now);
-                let is_seen = matching(version.tag) >= least;
+                let is_seen = matching(version) >= least;
                 if is_seen {
                     version.replaced = u32::MAX;
                     version.buried = None;
@@ -404,8 +508,7 @@ impl History {
             let part = &data[next..end];
             let cell = &self.cells[(at / self.grain) as usize];
             let mut versions = cell.iter().filter(|version| possible(version));
-            let is_one =
-                versions.any(|version| self::data(version.tag, at, part.len() as u64) == part);
+            let is_one = versions.any(|version| version.matching(at, part) == part.len());
             if !is_one {
                 self.check_bytes(at, part, what, &possible)?;
             }
@@ -425,14 +528,14 @@ impl History {
         for (at, byte) in (offset..).zip(data) {
             let cell = &self.cells[(at / self.grain) as usize];
             let mut versions = cell.iter().filter(|version| possible(version));
-            if !versions.any(|version| pattern(version.tag, at) == *byte) {
+            if !versions.any(|version| version.byte(at).is_none_or(|own| own == *byte)) {
                 let run = (at..offset + data.len() as u64)
                     .take_while(|at| {
                         let cell = &self.cells[(at / self.grain) as usize];
                         let byte = data[(at - offset) as usize];
                         !cell
                             .iter()
-                            .any(|v| possible(v) && pattern(v.tag, *at) == byte)
+                            .any(|v| possible(v) && v.byte(*at).is_none_or(|own| own == byte))
                     })
                     .count();
                 let found = &data[(at - offset) as usize..];
@@ -442,7 +545,7 @@ impl History {
                     origin(found, at),
                     cell.iter()
                         .filter(|version| possible(version))
-                        .map(|v| format!("{:#04x} (write {})", pattern(v.tag, at), v.tag))
+                        .map(|v| format!("{:#04x?} (write {})", v.byte(at), v.tag))
                         .collect::<Vec<_>>()
                         .join(" or "),
                     self.time,
@@ -608,6 +711,40 @@ mod tests {
         assert!(disk.power_cut(&with(0)).is_err());
         assert!(disk.power_cut(&with(1)).is_ok());
         assert!(!reads(&mut disk, &with(0)));
+    }
+
+    #[test]
+    fn a_copy_is_what_was_at_the_other_place_while_it_was_made_and_nothing_else() {
+        let (mut disk, mut other) = (disk(), History::new(BYTES, 16));
+        write(&mut disk, 1, Outcome::Done);
+        write(&mut disk, 2, Outcome::Done);
+        let read = disk.begin_read(16, 32);
+        let copy = other.begin_copy(0, 32);
+        assert!(reads(&mut other, &[0; BYTES as usize]));
+        let late = disk.begin_write(3, 16, 16);
+        let found = disk.end_found(read);
+        disk.end_write(late, Outcome::Done);
+        other.end_copy(copy, 16, found, Outcome::Done);
+        let moved = |first: u32, second: u32| {
+            let mut bytes = vec![0; BYTES as usize];
+            bytes[..16].copy_from_slice(&data(first, 16, 16));
+            bytes[16..32].copy_from_slice(&data(second, 32, 16));
+            bytes
+        };
+        assert!(reads(&mut other, &moved(2, 2)) && reads(&mut other, &moved(3, 2)));
+        assert!(!reads(&mut other, &moved(1, 2)) && !reads(&mut other, &moved(2, 3)));
+        assert!(!reads(&mut other, &[0; BYTES as usize]));
+        // From there to a third place, and back.
+        let read = other.begin_read(0, 16);
+        let copy = disk.begin_copy(48, 16);
+        let found = other.end_found(read);
+        disk.end_copy(copy, 0, found, Outcome::Failed);
+        for last in [vec![0; 16], data(2, 16, 16), data(3, 16, 16)] {
+            let read = disk.begin_read(48, 16);
+            assert!(disk.end_read(read, Some(&last)).is_ok());
+        }
+        let read = disk.begin_read(48, 16);
+        assert!(disk.end_read(read, Some(&data(2, 48, 16))).is_err());
     }
 
     #[test]

@@ -688,7 +688,12 @@ impl DriverIo for OverlayIo {
             let cluster_end = offset + self.cluster_bytes;
             let _turn = self.changing.begin(offset, cluster_end, true).await;
             io.child(0).event("write_compressed").await?;
-            self.allocate(io, offset, from, COMPRESSED).await
+            // Where others may be writing in place, it stays so.
+            let state = match self.state(offset / self.cluster_bytes) {
+                DATA => DATA,
+                _ => COMPRESSED,
+            };
+            self.allocate(io, offset, from, state).await
         }
         .boxed_local()
     }

@@ -50,6 +50,24 @@ where
     (tried >= default).then_some(totals)
 }
 
+/// As [`try_all`], for what has no hash: a case is made of each seed, and `run` panics where one fails.
+///
+/// # Panics
+///
+/// As `run`; if the environment makes no sense.
+pub fn try_cases<C: Debug, T: Default + Debug>(
+    default: u64,
+    new: impl Fn(u64) -> C,
+    run: impl Fn(&C, &mut T),
+) -> Option<T> {
+    try_all(default, |seed, totals: &mut T| {
+        replayable(seed, &new(seed), |case| {
+            run(case, totals);
+            Ok(())
+        });
+    })
+}
+
 /// Runs what a seed decided; a failure or a panic says what that was and how to have it again.
 ///
 /// # Panics

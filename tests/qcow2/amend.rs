@@ -9,9 +9,10 @@ use blockcore::engine::sim::{Faults, Random};
 use blockcore::options::Options;
 use serde_json::Value;
 
-use crate::setup::{Images, Process, assert_clean, contents, qemu, qemu_output};
-use crate::snapshot::cut::{Held, LIMIT, World};
+use crate::setup::{Images, Process, assert_clean, contents, qemu};
+use crate::snapshot::cut::Held;
 use crate::snapshot::{named, open, text};
+use crate::world::{LIMIT, World, assert_usable, moment};
 
 /// Images tried when nothing is said.
 const DEFAULT_SEEDS: u64 = 25;
@@ -208,13 +209,7 @@ async fn amend(
 
 #[test]
 fn a_power_cut_leaves_a_clean_image_that_holds_what_it_held_in_either_version() {
-    let totals = harness::seeds::try_all(DEFAULT_SEEDS, |seed, totals: &mut Totals| {
-        let case = Case::new(seed);
-        harness::seeds::replayable(seed, &case, |case| {
-            cut(case, totals);
-            Ok::<_, String>(0_u64)
-        })
-    });
+    let totals = harness::seeds::try_cases(DEFAULT_SEEDS, Case::new, cut);
     if let Some(totals) = totals {
         let least = totals.before.min(totals.after);
         assert!(least > DEFAULT_SEEDS, "{totals:?}");
@@ -228,7 +223,7 @@ fn cut(case: &Case, totals: &mut Totals) {
     let held = Held::by(&image);
     let before = features(&image);
     let bytes = std::fs::read(&image).expect("just made");
-    let world = World::new(case.seed, &bytes);
+    let world = World::opened(case.seed, &bytes);
     let begun = world.simulation.now();
     let options = case.amend.clone();
     let done = world.run(|control| amend(control, options));
@@ -243,18 +238,13 @@ fn cut(case: &Case, totals: &mut Totals) {
     let after = features(&left);
     let mut random = Random::new(case.seed);
     for index in 0..CUTS {
-        let world = World::new(case.seed, &bytes);
-        // Often near the end, where it becomes a fact.
-        let share = 1000 - random.below(1000) * random.below(1000) / 1000;
+        let world = World::opened(case.seed, &bytes);
+        let share = moment(&mut random);
         let options = case.amend.clone();
         world.run_for(takes * share as u32 / 1000, |control| {
             amend(control, options)
         });
-        let is_kill = random.below(4) == 0;
-        match is_kill {
-            true => world.simulation.kill(),
-            false => world.simulation.power_cut(),
-        }
+        let is_kill = world.cut_off(&mut random);
         world.dump(&left);
         let when = format!("cut {index}, after {share} permille, kill: {is_kill}");
         assert_clean(&left, &when);
@@ -269,13 +259,7 @@ fn cut(case: &Case, totals: &mut Totals) {
 
 #[test]
 fn a_host_that_fails_leaves_the_image_as_it_was_or_amended() {
-    let totals = harness::seeds::try_all(DEFAULT_SEEDS, |seed, totals: &mut Totals| {
-        let case = Case::new(seed);
-        harness::seeds::replayable(seed, &case, |case| {
-            fail(case, totals);
-            Ok::<_, String>(0_u64)
-        })
-    });
+    let totals = harness::seeds::try_cases(DEFAULT_SEEDS, Case::new, fail);
     if let Some(totals) = totals {
         assert!(totals.failed > DEFAULT_SEEDS / 2, "{totals:?}");
     }
@@ -290,7 +274,7 @@ fn fail(case: &Case, totals: &mut Totals) {
     let left = images.path("left.qcow2");
     let mut random = Random::new(case.seed);
     for attempt in 0..4 {
-        let world = World::new(case.seed + 1000 * attempt, &bytes);
+        let world = World::opened(case.seed + 1000 * attempt, &bytes);
         let permille = 1 + random.below(80) as u32;
         world.simulation.set_faults(Faults {
             read_error_permille: permille / 4,
@@ -305,13 +289,7 @@ fn fail(case: &Case, totals: &mut Totals) {
         world.simulation.set_faults(Faults::default());
         let closed = world.run(|control| async move { control.remove("disk").await });
         world.dump(&left);
-        let output = qemu_output("qemu-img", &["check", "-f", "qcow2", text(&left)]);
-        let status = output.status.code();
-        assert!(
-            matches!(status, Some(0 | 3)),
-            "{done:?}, {closed:?}: {}",
-            String::from_utf8_lossy(&output.stdout)
-        );
+        assert_usable(&left, &format!("{done:?}, {closed:?}"));
         assert!(Held::by(&left) == held, "{done:?}: it holds something else");
         totals.failed += u64::from(done.is_err());
     }

@@ -94,13 +94,7 @@ impl Case {
 
 #[test]
 fn images_of_every_kind_hold_what_we_and_qemu_wrote_in_turns() {
-    harness::seeds::try_all(DEFAULT_SEEDS, |seed, _: &mut ()| {
-        let case = Case::new(seed);
-        harness::seeds::replayable(seed, &case, |case| {
-            run(case);
-            Ok::<_, String>(0_u64)
-        })
-    });
+    harness::seeds::try_cases(DEFAULT_SEEDS, Case::new, |case, _: &mut ()| run(case));
 }
 
 fn run(case: &Case) {

@@ -2,6 +2,7 @@
 
 mod amend;
 mod bitmaps;
+mod chain;
 mod differential;
 mod failing;
 mod grow;
@@ -13,3 +14,4 @@ mod setup;
 mod snapshot;
 mod states;
 mod stress;
+mod world;

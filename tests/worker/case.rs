@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use backend::config::ExportConfig;
+use backend::config::{ExportConfig, SocketAddress};
 use blockcore::engine::FileType;
 use blockcore::engine::sim::{Faults, FileProperties, Random};
 use blockcore::io::policy::{ErrorPolicy, OnError};
@@ -132,7 +132,8 @@ impl Case {
         ExportConfig {
             id: "export".into(),
             node: "disk".into(),
-            socket: "/simulated/socket".into(),
+            socket: SocketAddress::Path("/simulated/socket".into()),
+            iothreads: Vec::new(),
             writable: !read_only,
             writethrough: self.writethrough,
             queues: self.queues as u16,

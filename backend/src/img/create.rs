@@ -218,7 +218,9 @@ impl Creation {
                 continue;
             };
             let value = match spec.kind {
-                OptionKind::Size => parse_size(value).map(|bytes| bytes.to_string()),
+                OptionKind::Size | OptionKind::Bytes => {
+                    parse_size(value).map(|bytes| bytes.to_string())
+                }
                 _ => None,
             }
             .unwrap_or_else(|| value.to_owned());
@@ -377,7 +379,8 @@ impl Program {
             let kind = match spec.kind {
                 OptionKind::Text => "str".to_owned(),
                 OptionKind::Bool => "bool (on/off)".to_owned(),
-                OptionKind::Size => "size".to_owned(),
+                OptionKind::Size | OptionKind::Bytes => "size".to_owned(),
+                OptionKind::Int => "num".to_owned(),
                 OptionKind::Choice(words) => words.join("|"),
             };
             let option = format!("{}=<{kind}>", shown(spec.name));

@@ -17,20 +17,12 @@ mod schema;
 mod tests;
 
 use blockcore::driver::DriverType;
+pub use blockcore::options::Form;
 use blockcore::options::parse_bool;
 use serde_json::{Map, Value};
 
 pub use self::error::{ErrorClass, QmpError};
 pub use self::schema::{Member, Schema};
-
-/// In which form values are given.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Form {
-    /// Each value has its type.
-    Json,
-    /// Each value is text.
-    KeyValue,
-}
 
 /// Where a value stands, for messages: `options[0].cache.direct`.
 #[derive(Clone, Copy)]

@@ -4,11 +4,11 @@
 //! and children are either the name of a node or its options.
 
 use blockcore::driver::DriverType;
-use blockcore::graph::NODE_OPTIONS;
+use blockcore::graph::{NODE_OPTIONS, typed_options};
 use blockcore::options::{OptionKind, OptionSpec, Options};
 use serde_json::Value;
 
-use super::{Input, Member, Members, Place, Qapi, QmpError, Schema};
+use super::{Input, Member, Place, Qapi, QmpError, Schema};
 
 /// A node's options, each of the type that the driver's table gives it.
 #[derive(Clone, Debug)]
@@ -23,9 +23,13 @@ const REFERENCE_OR_NULL: &str = "BlockdevRefOrNull";
 
 impl Qapi for NodeOptions {
     fn parse(input: Input<'_>) -> Result<Self, QmpError> {
-        check_node(&input)?;
-        let options = Options::from_json(input.value)?;
-        Ok(Self(options))
+        let options = Options::from_schema_json(input.value)?;
+        let prefix = match input.place {
+            Place::Root => String::new(),
+            place => format!("{}.", place.full()),
+        };
+        let typed = typed_options(input.drivers, options, input.form, &prefix)?;
+        Ok(Self(typed))
     }
 
     fn emit(&self) -> Option<Value> {
@@ -89,49 +93,6 @@ fn is_detachable(child: &str) -> bool {
     child == "backing"
 }
 
-fn check_node(input: &Input<'_>) -> Result<(), QmpError> {
-    let mut members = input.members()?;
-    let driver: String = members.take("driver")?;
-    let kind = input.drivers.iter().find(|kind| kind.name == driver);
-    let Some(kind) = kind else {
-        let sentence = format!("Parameter 'driver' does not accept value '{driver}'");
-        return Err(QmpError::generic(sentence));
-    };
-    Part::of_table(NODE_OPTIONS.iter().skip(1)).check_members(&mut members)?;
-    for child in kind.children {
-        let place = Place::Member(&input.place, child.name);
-        match members.raw(child.name) {
-            Some(value) => check_child(
-                &Input {
-                    value,
-                    place,
-                    ..*input
-                },
-                is_detachable(child.name),
-            )?,
-            None if child.optional => {}
-            None => {
-                let sentence = format!("Parameter '{}' is missing", place.full());
-                return Err(QmpError::generic(sentence));
-            }
-        }
-    }
-    Part::of_table(kind.options).check_members(&mut members)?;
-    members.end()
-}
-
-fn check_child(input: &Input<'_>, detachable: bool) -> Result<(), QmpError> {
-    match input.value {
-        Value::String(_) => Ok(()),
-        Value::Null if detachable => Ok(()),
-        Value::Object(_) => check_node(input),
-        _ => Err(input.wrong_type(match detachable {
-            true => REFERENCE_OR_NULL,
-            false => REFERENCE,
-        })),
-    }
-}
-
 /// A part of what options are like.
 #[derive(Default)]
 struct Part {
@@ -172,50 +133,6 @@ impl Part {
         }
     }
 
-    fn check_members(&self, members: &mut Members<'_>) -> Result<(), QmpError> {
-        for &(name, ref part) in &self.inner {
-            let place = Place::Member(&members.input.place, name);
-            let input = *members.input;
-            match members.raw(name) {
-                Some(value) => part.check(&Input {
-                    value,
-                    place,
-                    ..input
-                })?,
-                None if part.is_optional() => {}
-                None => {
-                    let sentence = format!("Parameter '{}' is missing", place.full());
-                    return Err(QmpError::generic(sentence));
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn check(&self, input: &Input<'_>) -> Result<(), QmpError> {
-        if let Some(spec) = self.value
-            && (self.inner.is_empty() || !input.value.is_object())
-        {
-            return check_value(spec.kind, input);
-        }
-        if let Some(element) = self.element() {
-            let Value::Array(list) = input.value else {
-                return Err(input.wrong_type("array"));
-            };
-            for (index, value) in list.iter().enumerate() {
-                element.check(&Input {
-                    value,
-                    place: Place::Element(&input.place, index),
-                    ..*input
-                })?;
-            }
-            return Ok(());
-        }
-        let mut members = input.members()?;
-        self.check_members(&mut members)?;
-        members.end()
-    }
-
     fn members(&self, schema: &mut Schema, key: &str) -> Vec<Member> {
         let inner = self.inner.iter();
         inner
@@ -242,25 +159,6 @@ impl Part {
             }
             (None, None) => schema.object_of(key, |schema| self.members(schema, key)),
         }
-    }
-}
-
-fn check_value(kind: OptionKind, input: &Input<'_>) -> Result<(), QmpError> {
-    match kind {
-        OptionKind::Text => String::parse(*input).map(drop),
-        OptionKind::Bool => bool::parse(*input).map(drop),
-        OptionKind::Choice(words) => {
-            let word = String::parse(*input)?;
-            match words.contains(&word.as_str()) {
-                true => Ok(()),
-                false => Err(input.not_accepted(&word)),
-            }
-        }
-        // Of whatever unit: a whole number, whose bounds the driver knows.
-        _ => match i64::parse(*input) {
-            Ok(_) => Ok(()),
-            Err(_) => u64::parse(*input).map(drop),
-        },
     }
 }
 

@@ -6,9 +6,11 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use blockcore::node;
 use serde_json::{Value, json};
 
 use crate::qapi::{Qapi, Schema};
+use crate::worker::{self, HoldEvent};
 use crate::{qapi_enum, qapi_struct};
 
 /// Between two events of a kind that is limited.
@@ -134,6 +136,57 @@ events! {
 }
 
 impl Event {
+    /// What happens to a node, if it is something that clients are told.
+    pub(super) fn of_node(notice: &node::Notice) -> Option<Self> {
+        match notice {
+            node::Notice::WriteThreshold {
+                node,
+                threshold,
+                exceeded_bytes,
+            } => Some(Self::BlockWriteThreshold(BlockWriteThreshold {
+                node_name: node.to_string(),
+                amount_exceeded: *exceeded_bytes,
+                write_threshold: *threshold,
+            })),
+            node::Notice::Corrupt {
+                node,
+                message,
+                offset,
+                bytes,
+                fatal,
+            } => Some(Self::BlockImageCorrupted(BlockImageCorrupted {
+                device: String::new(),
+                node_name: Some(node.to_string()),
+                msg: message.clone(),
+                offset: *offset,
+                size: *bytes,
+                fatal: *fatal,
+            })),
+            node::Notice::Resized { .. } | node::Notice::SnapshotLost { .. } => None,
+        }
+    }
+
+    /// What happens to a request that failed, if it is something that clients are told.
+    pub(super) fn of_request(notice: &worker::Notice, node_name: Option<String>) -> Option<Self> {
+        let action = match notice.event {
+            HoldEvent::Held => IoAction::Stop,
+            // It was told of when it was held.
+            HoldEvent::GivenUp => return None,
+        };
+        Some(Self::BlockIoError(BlockIoError {
+            qom_path: String::new(),
+            device: notice.export.to_string(),
+            node_name,
+            operation: match notice.operation {
+                worker::Operation::Read => IoOperation::Read,
+                _ => IoOperation::Write,
+            },
+            action,
+            nospace: Some(notice.no_space),
+            reason: notice.message.clone(),
+        }))
+    }
+
     /// As it is sent, with the time since 1970 at which it happened.
     pub(super) fn message(&self, at: Duration) -> Value {
         json!({

@@ -20,21 +20,21 @@ pub mod query;
 pub mod session;
 mod writer;
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::time::Duration;
 
-use blockcore::graph::Control;
+use blockcore::graph::{Control, Graph};
 use serde_json::Value;
 
 use self::command::Commands;
-use self::event::{Event, Limiter, Verdict};
+use self::event::{BlockExportDeleted, Event, Limiter, Verdict};
 use self::monitor::Monitor;
 use self::objects::Objects;
 use crate::chardev::{Chardev, ChardevBackend};
-use crate::daemon::{ControlHandle, Daemon};
+use crate::daemon::{ControlHandle, Daemon, DaemonEvent};
 use crate::qapi::QmpError;
 use crate::qapi_enum;
 use crate::qapi_struct;
@@ -73,7 +73,6 @@ pub struct Service {
     monitors: RefCell<Vec<Monitor>>,
     objects: Objects,
     limiter: RefCell<Limiter>,
-    stopped: Cell<bool>,
 }
 
 impl Service {
@@ -87,17 +86,52 @@ impl Service {
         query::add(&mut commands);
         objects::add(&mut commands);
         devices::add(&mut commands);
-        Rc::new(Self {
+        let service = Rc::new(Self {
             daemon: Rc::downgrade(daemon),
-            objects: Objects::new(control.clone()),
+            objects: Objects::new(daemon),
             control,
             handle: daemon.handle(),
             commands: Arc::new(commands),
             chardevs: RefCell::default(),
             monitors: RefCell::default(),
             limiter: RefCell::default(),
-            stopped: Cell::new(false),
-        })
+        });
+        let listener = Rc::downgrade(&service);
+        daemon.listen(move |event| {
+            if let Some(service) = listener.upgrade() {
+                service.heard(event);
+            }
+        });
+        service
+    }
+
+    /// Something has happened.
+    fn heard(self: &Rc<Self>, event: &DaemonEvent<'_>) {
+        match event {
+            DaemonEvent::Node(notice) => {
+                if let Some(event) = Event::of_node(notice) {
+                    self.emit(&event);
+                }
+            }
+            DaemonEvent::Request(notice) => {
+                let node = self.node_of(&notice.export);
+                if let Some(event) = Event::of_request(notice, node) {
+                    self.emit(&event);
+                }
+            }
+            DaemonEvent::ExportDeleted(id) => {
+                let id = (*id).to_owned();
+                self.emit(&Event::BlockExportDeleted(BlockExportDeleted { id }));
+            }
+        }
+    }
+
+    /// The node that an export offers.
+    fn node_of(&self, export: &str) -> Option<String> {
+        let export = self.daemon.upgrade()?.export(export)?;
+        let node = self.control.node_of(export.root())?;
+        let name = |graph: &Graph| Some(graph.node_by_id(node)?.name().to_owned());
+        self.control.read(name)
     }
 
     /// The daemon.
@@ -198,7 +232,6 @@ impl Service {
 
     /// Ends all monitors, after what they have to say; one whose client does not read is given a second.
     pub fn stop(&self) {
-        self.stopped.set(true);
         let monitors = self.monitors.take();
         for monitor in &monitors {
             monitor.inbox().stop();

@@ -5,7 +5,8 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
+use std::time::Duration;
 
 use blockcore::ErrorKind;
 use blockcore::graph::Control;
@@ -14,6 +15,7 @@ use serde_json::{Map, Value, json};
 
 use super::Service;
 use super::command::Commands;
+use crate::daemon::Daemon;
 use crate::qapi::{
     ErrorClass, Form, Input, Member, Members, Object, Qapi, QmpError, Schema, emit_object,
     parse_object,
@@ -336,6 +338,7 @@ const DEFAULT_POOL_MAX: i64 = 64;
 
 /// The objects that were made, by name.
 pub struct Objects {
+    daemon: Weak<Daemon>,
     control: Control,
     made: RefCell<BTreeMap<String, Made>>,
 }
@@ -349,9 +352,10 @@ struct Made {
 }
 
 impl Objects {
-    pub(super) fn new(control: Control) -> Self {
+    pub(super) fn new(daemon: &Rc<Daemon>) -> Self {
         Self {
-            control,
+            daemon: Rc::downgrade(daemon),
+            control: daemon.control().clone(),
             made: RefCell::default(),
         }
     }
@@ -380,7 +384,12 @@ impl Objects {
                 iothread.aio_max_batch.get_or_insert(0);
                 iothread.thread_pool_min.get_or_insert(0);
                 iothread.thread_pool_max.get_or_insert(DEFAULT_POOL_MAX);
-                ("iothread", emit_object(&iothread))
+                let properties = emit_object(&iothread);
+                check_numbers(&properties)?;
+                let poll_max = iothread.poll_max_ns.unwrap_or_default();
+                let poll_max = Duration::from_nanos(u64::try_from(poll_max).unwrap_or(0));
+                self.daemon()?.add_iothread(&id, poll_max)?;
+                ("iothread", properties)
             }
             ObjectKind::MainLoop(mut main) => {
                 let made = self.made.borrow();
@@ -390,7 +399,9 @@ impl Objects {
                 main.aio_max_batch.get_or_insert(0);
                 main.thread_pool_min.get_or_insert(0);
                 main.thread_pool_max.get_or_insert(DEFAULT_POOL_MAX);
-                ("main-loop", emit_object(&main))
+                let properties = emit_object(&main);
+                check_numbers(&properties)?;
+                ("main-loop", properties)
             }
             ObjectKind::Secret(mut properties) => {
                 secret = Some(load_secret(&properties)?);
@@ -415,7 +426,6 @@ impl Objects {
             let Some(value) = properties.get(property) else {
                 continue;
             };
-            check_number(property, value)?;
             made.properties.insert(property, value.clone());
         }
         self.made.borrow_mut().insert(id, made);
@@ -436,6 +446,7 @@ impl Objects {
         match kind {
             None => return Err(QmpError::generic(format!("object '{id}' not found"))),
             Some("main-loop") => return in_use(),
+            Some("iothread") => self.daemon()?.remove_iothread(id)?,
             Some("throttle-group") => match self.control.remove_throttle_group(id) {
                 Err(error) if error.kind() == ErrorKind::Busy => return in_use(),
                 result => result?,
@@ -449,13 +460,6 @@ impl Objects {
     /// What a secret is; `None` if there is none of that name.
     pub fn secret(&self, id: &str) -> Option<Vec<u8>> {
         self.made.borrow().get(id)?.secret.clone()
-    }
-
-    /// A number that an iothread was given, such as `poll-max-ns`; `None` if there is none of that name.
-    pub fn iothread(&self, id: &str, property: &str) -> Option<u64> {
-        let made = self.made.borrow();
-        let made = made.get(id).filter(|made| made.kind == "iothread")?;
-        made.properties.get(property)?.as_u64()
     }
 
     fn get(&self, id: &str, property: &str) -> Result<Value, QmpError> {
@@ -519,8 +523,17 @@ impl Objects {
             _ => drop(members.take::<String>(property)?),
         }
         check_number(property, value)?;
+        if let (true, Some(poll_max)) = (*property == "poll-max-ns", value.as_u64()) {
+            let poll_max = Some(Duration::from_nanos(poll_max));
+            self.daemon()?.iothread_poll(id, poll_max)?;
+        }
         made.properties.insert(property, value.clone());
         Ok(())
+    }
+
+    fn daemon(&self) -> Result<Rc<Daemon>, QmpError> {
+        let gone = || QmpError::generic("the daemon is stopping");
+        self.daemon.upgrade().ok_or_else(gone)
     }
 }
 
@@ -530,6 +543,11 @@ fn is_identifier(id: &str) -> bool {
     let first = letters.next();
     first.is_some_and(|letter| letter.is_ascii_alphabetic())
         && letters.all(|letter| letter.is_ascii_alphanumeric() || b"-._".contains(&letter))
+}
+
+fn check_numbers(properties: &Value) -> Result<(), QmpError> {
+    let mut all = properties.as_object().into_iter().flatten();
+    all.try_for_each(|(property, value)| check_number(property, value))
 }
 
 fn check_number(property: &str, value: &Value) -> Result<(), QmpError> {

@@ -2,20 +2,26 @@
 
 use std::fs;
 use std::io::ErrorKind as IoErrorKind;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use blockcore::{Error, ErrorKind};
+use futures_channel::oneshot;
 use rustix::event::{EventfdFlags, PollFlags, eventfd};
+use rustix::net::AddressFamily;
+use rustix::net::sockopt::{socket_acceptconn, socket_domain};
 
 use super::session;
 use super::socket::{Closed, wait};
+use crate::config::SocketAddress;
 use crate::daemon::ControlHandle;
+use crate::inherited;
 
 /// How long a thread waits before it accepts again after the host refused.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
@@ -26,11 +32,49 @@ const MAX_PATH_BYTES: usize = 107;
 /// A socket that front-ends can connect to; removed from its directory when dropped.
 pub struct Socket {
     listener: UnixListener,
+    #[expect(dead_code, reason = "removed from there when it is dropped")]
+    made: Option<Made>,
+}
+
+/// A socket's place in the file system.
+struct Made {
     path: PathBuf,
     identity: (u64, u64),
 }
 
 impl Socket {
+    /// Listens where `address` says.
+    ///
+    /// # Errors
+    ///
+    /// As [`bind`](Self::bind); or a descriptor is none of a listening Unix socket.
+    pub fn at(address: &SocketAddress) -> Result<Self, Error> {
+        match address {
+            SocketAddress::Path(path) => Self::bind(path),
+            SocketAddress::Descriptor(number) => Self::inherited(*number),
+        }
+    }
+
+    fn inherited(number: RawFd) -> Result<Self, Error> {
+        let descriptor = inherited::duplicate(number)?;
+        let refused = |why: &str| Error::invalid(format!("File descriptor '{number}' {why}"));
+        match socket_domain(&descriptor) {
+            Err(_) => return Err(refused("is not a socket")),
+            Ok(AddressFamily::UNIX) => {}
+            Ok(_) => return Err(refused("is not a Unix socket")),
+        }
+        if !socket_acceptconn(&descriptor).unwrap_or(false) {
+            return Err(refused("is not a socket that listens"));
+        }
+        let listener = UnixListener::from(descriptor);
+        let failed = |error| refused(&format!("cannot be used: {error}"));
+        listener.set_nonblocking(true).map_err(failed)?;
+        Ok(Self {
+            listener,
+            made: None,
+        })
+    }
+
     /// Listens at `path`. What is left of a socket that nobody listens at is replaced.
     ///
     /// # Errors
@@ -62,10 +106,13 @@ impl Socket {
         };
         listener.set_nonblocking(true).map_err(failed)?;
         let metadata = fs::symlink_metadata(path).map_err(failed)?;
-        Ok(Self {
-            listener,
+        let made = Made {
             path: path.to_owned(),
             identity: (metadata.dev(), metadata.ino()),
+        };
+        Ok(Self {
+            listener,
+            made: Some(made),
         })
     }
 }
@@ -100,7 +147,7 @@ fn remove_stale(path: &Path) -> Result<(), Error> {
     })
 }
 
-impl Drop for Socket {
+impl Drop for Made {
     fn drop(&mut self) {
         // Somebody may have put another socket in its place.
         let mine = fs::symlink_metadata(&self.path)
@@ -114,7 +161,10 @@ impl Drop for Socket {
 /// The thread that serves an export's front-ends.
 pub struct Server {
     stop: Arc<OwnedFd>,
+    connected: Arc<AtomicBool>,
     thread: Mutex<Option<JoinHandle<()>>>,
+    /// Its other end goes with the thread.
+    ended: Mutex<Option<oneshot::Receiver<()>>>,
 }
 
 impl Server {
@@ -128,16 +178,24 @@ impl Server {
         let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|errno| Error::host("cannot make an eventfd", errno))?;
         let stop = Arc::new(stop);
-        let (id, stop_too) = (export.to_owned(), Arc::clone(&stop));
+        let connected = Arc::new(AtomicBool::new(false));
+        let (end, ended) = oneshot::channel();
+        let (id, stop_too, connected_too) =
+            (export.to_owned(), Arc::clone(&stop), Arc::clone(&connected));
         let thread = std::thread::Builder::new()
             .name(format!("export {export}"))
-            .spawn(move || serve(&socket, &id, &control, &stop_too))
+            .spawn(move || {
+                serve(&socket, &id, &control, &stop_too, &connected_too);
+                drop((socket, end));
+            })
             .map_err(|error| {
                 Error::new(ErrorKind::Io, format!("cannot start a thread: {error}"))
             })?;
         Ok(Self {
             stop,
+            connected,
             thread: Mutex::new(Some(thread)),
+            ended: Mutex::new(Some(ended)),
         })
     }
 
@@ -146,23 +204,37 @@ impl Server {
         let _ = rustix::io::write(&*self.stop, &1_u64.to_ne_bytes());
     }
 
-    /// Waits until the thread has ended, its connection's queues stopped. The control thread must not
-    /// call this while the connection may still ask it: it polls [`is_finished`](Self::is_finished).
+    /// Whether a front-end is connected.
+    pub fn is_connected(&self) -> bool {
+        self.connected.load(Ordering::Relaxed)
+    }
+
+    /// Waits until the connection's queues are stopped and the socket is gone. Only the first call waits.
+    pub async fn ended(&self) {
+        let ended = self.ended.lock().expect("no panic while it is held").take();
+        if let Some(ended) = ended {
+            // Nothing is ever sent.
+            let _ = ended.await;
+        }
+    }
+
+    /// Waits for the thread itself, which has [ended](Self::ended) but for leaving. The control thread must
+    /// not call this earlier: the connection may still ask it.
     pub fn join(&self) {
         let thread = self.thread.lock().expect("no panic while joining").take();
         if let Some(thread) = thread {
             let _ = thread.join();
         }
     }
-
-    /// Whether [`join`](Self::join) would not wait.
-    pub fn is_finished(&self) -> bool {
-        let thread = self.thread.lock().expect("no panic while joining");
-        thread.as_ref().is_none_or(JoinHandle::is_finished)
-    }
 }
 
-fn serve(socket: &Socket, export: &str, control: &ControlHandle, stop: &Arc<OwnedFd>) {
+fn serve(
+    socket: &Socket,
+    export: &str,
+    control: &ControlHandle,
+    stop: &Arc<OwnedFd>,
+    connected: &AtomicBool,
+) {
     loop {
         match wait(socket.listener.as_fd(), PollFlags::IN, stop.as_fd()) {
             Ok(()) => {}
@@ -175,7 +247,10 @@ fn serve(socket: &Socket, export: &str, control: &ControlHandle, stop: &Arc<Owne
         match socket.listener.accept() {
             Ok((stream, _)) => {
                 tracing::info!(export, "front-end connected");
-                match session::run(stream, export, control, stop) {
+                connected.store(true, Ordering::Relaxed);
+                let closed = session::run(stream, export, control, stop);
+                connected.store(false, Ordering::Relaxed);
+                match closed {
                     Closed::Quietly => tracing::info!(export, "front-end disconnected"),
                     Closed::Stopping => return,
                     Closed::Broken(why) => {

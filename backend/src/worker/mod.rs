@@ -37,7 +37,7 @@ use self::disk::{Finished, Served, Task, spawn, split};
 use self::held::Failure;
 pub use self::held::{HeldRequest, HoldEvent, Holds, Notice, Operation, Parked};
 use self::queue::{Queue, Stopping, Taken};
-use crate::polling::Polling;
+use crate::polling::{PollLimit, Polling};
 use crate::vhost_user::memory::{self, GuestMap, GuestView};
 use crate::virtio::blk::{self, Request};
 use crate::virtio::queue::{Chain, Ring, RingState};
@@ -196,8 +196,8 @@ impl Worker {
     }
 
     /// Serves until told to exit.
-    pub fn run(mut self, max_poll: Duration) {
-        let mut polling = Polling::new(max_poll);
+    pub fn run(mut self, poll_max: &PollLimit) {
+        let mut polling = Polling::new(poll_max.get());
         let mut idle_since = None;
         let (mut turns, mut preemptions) = (0, 0);
         while !self.is_done() {
@@ -223,6 +223,7 @@ impl Worker {
                 continue;
             }
             self.sleep();
+            polling.set_max(poll_max.get());
             polling.slept(self.context.engine().now() - now);
             idle_since = None;
         }

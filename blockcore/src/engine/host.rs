@@ -62,6 +62,9 @@ pub(super) fn call(call: HostCall) -> Result<HostReply, Errno> {
         HostCall::Reserve(file, offset, bytes) => {
             fallocate(fd(&file)?, 0, offset, bytes).map(|_| HostReply::Done)
         }
+        HostCall::DropCache(file) => {
+            rustix::fs::fadvise(fd(&file)?, 0, None, rustix::fs::Advice::DontNeed).map(done)
+        }
         HostCall::SetNocow(file) => set_nocow(fd(&file)?).map(done),
         HostCall::SetExtentSizeHint(file, bytes) => {
             set_extent_size_hint(fd(&file)?, bytes).map(done)

@@ -424,6 +424,8 @@ pub enum HostCall {
     DeviceZero(Arc<OpenFile>, u64, u64),
     /// Reserve space from an offset on, extending the file (`fallocate` with mode 0).
     Reserve(Arc<OpenFile>, u64, u64),
+    /// Let go of what the page cache has of the file and need not be written back (`posix_fadvise`).
+    DropCache(Arc<OpenFile>),
     /// Ask a copy-on-write file system to write this (empty) file in place (`FS_NOCOW_FL`).
     SetNocow(Arc<OpenFile>),
     /// Map shared memory that outlives this process: a file of so many bytes, a multiple of 8, made of

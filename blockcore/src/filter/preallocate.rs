@@ -40,7 +40,7 @@ pub static PREALLOCATE: DriverType = DriverType {
 const OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         name: "prealloc-align",
-        kind: OptionKind::Size,
+        kind: OptionKind::Bytes,
         default: Some("1M"),
         reopen: false,
         changes_data: false,
@@ -48,7 +48,7 @@ const OPTIONS: &[OptionSpec] = &[
     },
     OptionSpec {
         name: "prealloc-size",
-        kind: OptionKind::Size,
+        kind: OptionKind::Bytes,
         default: Some("128M"),
         reopen: false,
         changes_data: false,
@@ -238,9 +238,17 @@ impl DriverIo for PreallocateIo {
         flags: TruncateFlags,
     ) -> IoFuture<'a> {
         async move {
-            self.cut(io).await?;
-            let file = io.child(0);
-            file.truncate(bytes, exact, preallocation, flags).await
+            let _turn = self.growing.begin(0, 1, true).await;
+            let (file, end) = (io.child(0), self.data_end.load(Ordering::Acquire));
+            let is_ahead = end != NOTHING_AHEAD && (end..=file.bytes()).contains(&bytes);
+            if is_ahead && preallocation != Preallocation::Metadata {
+                // There, and zero, whatever was asked for.
+                self.data_end.fetch_max(bytes, Ordering::AcqRel);
+                return Ok(());
+            }
+            file.truncate(bytes, exact, preallocation, flags).await?;
+            self.data_end.store(NOTHING_AHEAD, Ordering::Release);
+            Ok(())
         }
         .boxed_local()
     }

@@ -49,61 +49,11 @@ impl Control {
         bytes: u64,
         preallocation: Preallocation,
     ) -> Result<(), Error> {
-        self.read(|graph| {
-            let id = graph.node(node)?.id();
-            graph.check_operation(id, Operation::Resize)?;
-            let mut bitmaps = graph.node(node)?.bitmaps().iter();
-            bitmaps.try_for_each(|bitmap| bitmap.check(dirty_bitmap::Operation::Resize))
-        })?;
-        let claim = self
-            .add_root(
-                node,
-                RootSpec {
-                    needs: Permissions::RESIZE,
-                    shares: Permissions::all(),
-                    ..RootSpec::reader("a resize").in_units_of(1 << 30)
-                },
-            )
-            .await?;
-        let resized = self.resize_claimed(node, bytes, preallocation).await;
-        let released = self.remove_root(claim).await;
-        resized.and(released)
-    }
-
-    async fn resize_claimed(
-        &self,
-        node: &str,
-        bytes: u64,
-        preallocation: Preallocation,
-    ) -> Result<(), Error> {
-        // No change may have a driver meanwhile: the plan asks them for their limits.
-        let _turn = self.turns.next().await;
-        let id = self.read(|graph| graph.node(node).map(super::Node::id))?;
-        let _drained = self.drain(Scope::Nodes(BTreeSet::from([id]))).await;
-        // The claim's own root is drained, too.
-        let plan = self.read(|graph| {
-            let view = graph.view();
-            view.plan(id, Permissions::all(), &view.tracked())
-        });
-        let root = self.unused_root(plan);
-        let request = root.enter(RequestKind::Truncate, bytes, 0).await;
-        let flags = TruncateFlags::ZERO;
-        let truncated = request.truncate(bytes, true, preallocation, flags).await;
-        drop(request);
-        self.fit_drained_bitmaps(id);
-        truncated.map_err(|error| {
-            let kind = match error {
-                IoError::Unsupported => ErrorKind::Unsupported,
-                IoError::NoSpace => ErrorKind::NoSpace,
-                IoError::ReadOnly => ErrorKind::PermissionDenied,
-                IoError::OutOfRange => ErrorKind::Invalid,
-                _ => ErrorKind::Io,
-            };
-            Error::new(
-                kind,
-                format!("cannot make node '{node}' {bytes} bytes long: {error}"),
-            )
-        })
+        let mut change = self.begin().await;
+        let resized = change.resize(node, bytes, preallocation).await;
+        // The claim goes with it, and that cannot fail; the length is what it is.
+        change.abort().await;
+        resized
     }
 
     /// Drops everything that a node's own layer holds, so that all comes from its backing node again.
@@ -125,6 +75,53 @@ impl Control {
 }
 
 impl Change {
+    /// Changes a node's length. Everybody who could write to it is held back, also those who come to what is
+    /// below by another way.
+    async fn resize(
+        &mut self,
+        node: &str,
+        bytes: u64,
+        preallocation: Preallocation,
+    ) -> Result<(), Error> {
+        let (control, id) = (self.control().clone(), self.find(node)?);
+        control.read(|graph| {
+            graph.check_operation(id, Operation::Resize)?;
+            let mut bitmaps = graph.nodes[&id].bitmaps.iter();
+            bitmaps.try_for_each(|bitmap| bitmap.check(dirty_bitmap::Operation::Resize))
+        })?;
+        let claim = RootSpec {
+            needs: Permissions::RESIZE,
+            shares: Permissions::all(),
+            ..RootSpec::reader("a resize")
+        };
+        self.add_root(id, claim)?;
+        self.prepare_permissions().await?;
+        self.drain(Scope::Subtrees(BTreeSet::from([id]))).await;
+        let root = self.temporary_root(id, Permissions::all());
+        let request = root.enter(RequestKind::Truncate, bytes, 0).await;
+        let flags = TruncateFlags::ZERO;
+        let mut truncated = request.truncate(bytes, true, preallocation, flags).await;
+        if truncated.is_ok() && !self.state().replaced.is_empty() {
+            // Halves that go with the change would take the news of a failed write with them.
+            truncated = request.flush().await;
+        }
+        drop(request);
+        control.fit_drained_bitmaps(id);
+        truncated.map_err(|error| {
+            let kind = match error {
+                IoError::Unsupported => ErrorKind::Unsupported,
+                IoError::NoSpace => ErrorKind::NoSpace,
+                IoError::ReadOnly => ErrorKind::PermissionDenied,
+                IoError::OutOfRange => ErrorKind::Invalid,
+                _ => ErrorKind::Io,
+            };
+            Error::new(
+                kind,
+                format!("cannot make node '{node}' {bytes} bytes long: {error}"),
+            )
+        })
+    }
+
     /// As [`Control::set_active`] with `false`, as a part of this change. The nodes stay drained until it
     /// is over.
     ///

@@ -194,6 +194,21 @@ impl Control {
         });
     }
 
+    /// The persistent bitmaps of a node that is drained, as they are now; none of one that is not in the
+    /// graph yet, which has changed none.
+    pub(super) fn bitmaps_to_store(&self, id: NodeId) -> Vec<KeptBitmap> {
+        self.change(|graph| {
+            let Some(node) = graph.nodes.get_mut(&id) else {
+                return Vec::new();
+            };
+            // Somebody may be about to tell that it has another length.
+            if node.bitmaps.has_persistent() && node.fit_bitmaps(true) {
+                graph.replan();
+            }
+            graph.nodes[&id].bitmaps.kept()
+        })
+    }
+
     /// Makes the bitmaps of a node as long as the node is. What was added is marked in those that record:
     /// writes may have gone there since the node became longer.
     pub(super) async fn fit_bitmaps(&self, id: NodeId) {
@@ -266,28 +281,12 @@ impl Node {
 impl Change {
     /// Has a node's driver store the persistent bitmaps. The node is drained, and may be written to.
     pub(super) async fn store_bitmaps(&self, id: NodeId, root: &Rc<Root>) -> Result<(), Error> {
-        if self.kept_bitmaps(id).is_empty() {
+        let kept = self.control().bitmaps_to_store(id);
+        if kept.is_empty() {
             return Ok(());
         }
-        self.control().change(|graph| {
-            // Somebody may be about to tell that it has another length.
-            let node = graph.nodes.get_mut(&id);
-            if node.is_some_and(|node| node.fit_bitmaps(true)) {
-                graph.replan();
-            }
-        });
-        let kept = self.kept_bitmaps(id);
         let driver = self.driver_of(id);
         driver.take().store_bitmaps(Rc::clone(root), kept).await
-    }
-
-    /// The persistent bitmaps of a node, as they are now.
-    fn kept_bitmaps(&self, id: NodeId) -> Vec<KeptBitmap> {
-        self.control().read(|graph| {
-            let node = self.state().node(graph, id);
-            let node = node.expect("every vertex of a shape has a node");
-            node.bitmaps.kept()
-        })
     }
 }
 

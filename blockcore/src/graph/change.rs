@@ -545,6 +545,11 @@ async fn abort(control: &Control, mut state: Box<State>) {
         take_back(control, id).await;
     }
     // The topmost first: what it holds back goes through those below.
+    let order = state.shape.topmost_first();
+    let depth = |id: &NodeId| order.iter().position(|other| other == id);
+    state
+        .opened
+        .sort_by_cached_key(|id| std::cmp::Reverse(depth(id)));
     while let Some(id) = state.opened.pop() {
         let plan = control.read(|graph| {
             state.with_view(graph, |view| {

@@ -57,14 +57,27 @@ impl View<'_> {
     }
 
     /// The nodes to which requests must register, since one that comes by some root may have to keep
-    /// others off its bytes. It takes one such root for all of them to register.
+    /// others off its bytes, or cut them off. It takes one such root for all of them to register.
     pub(super) fn tracked(&self) -> BTreeSet<NodeId> {
         let mut tracked = BTreeSet::new();
         for (root, edge) in self.shape.roots() {
             let unit = self.units.get(&root).copied().unwrap_or(1);
             self.track_below(edge.child, unit, &mut tracked);
+            if edge.needs.contains(Permissions::RESIZE) {
+                self.track_resized(edge.child, &mut tracked);
+            }
         }
         tracked
+    }
+
+    /// What a root's user may make shorter, while others write: the node, and what follows from it below.
+    fn track_resized(&self, id: NodeId, tracked: &mut BTreeSet<NodeId>) {
+        tracked.insert(id);
+        for (_, edge) in self.shape.children(id) {
+            if edge.needs.contains(Permissions::RESIZE) {
+                self.track_resized(edge.child, tracked);
+            }
+        }
     }
 
     fn track_below(&self, id: NodeId, unit: u32, tracked: &mut BTreeSet<NodeId>) {
@@ -89,7 +102,7 @@ impl View<'_> {
         tracked: &BTreeSet<NodeId>,
     ) -> Arc<Plan> {
         let mut nodes = Vec::new();
-        self.plan_node(id, granted, tracked, &mut nodes);
+        self.plan_node(id, granted, false, tracked, &mut nodes);
         Plan::new(nodes)
     }
 
@@ -97,6 +110,7 @@ impl View<'_> {
         &self,
         id: NodeId,
         granted: Permissions,
+        holds_data: bool,
         tracked: &BTreeSet<NodeId>,
         nodes: &mut Vec<PlanNode>,
     ) -> usize {
@@ -110,6 +124,7 @@ impl View<'_> {
             modes: Modes::from(vertex.modes),
             children: Vec::new(),
             granted,
+            holds_data,
             tracked: tracked.contains(&id),
             guard: vertex
                 .probed
@@ -120,9 +135,10 @@ impl View<'_> {
                 .filter_map(|bitmap| bitmap.recording_bits().cloned())
                 .collect(),
         });
+        let holds_data = holds_data || vertex.kind.kind != DriverKind::Filter;
         for number in 0..vertex.children.len() {
             let child = self.shape.child(id, number).map(|edge| PlanChild {
-                index: self.plan_node(edge.child, edge.needs, tracked, nodes),
+                index: self.plan_node(edge.child, edge.needs, holds_data, tracked, nodes),
                 role: edge.role,
             });
             nodes[index].children.push(child);

@@ -14,7 +14,6 @@ use futures_util::future::LocalBoxFuture;
 
 use super::open::Inherited;
 use super::permission::Permissions;
-use super::reopen::Reopening;
 use super::{Change, Control, Graph, NodeId, Operation, RootSpec};
 use crate::drain::Scope;
 use crate::driver::{
@@ -391,9 +390,7 @@ impl Change {
         let work: Work<()> = Box::new(move |driver, root| {
             async move {
                 // They are read anew with the image.
-                let node = root.node();
-                let kept = |graph: &Graph| graph.nodes[&node].bitmaps.kept();
-                let kept = control.read(kept);
+                let kept = control.bitmaps_to_store(root.node());
                 if !kept.is_empty() {
                     driver.store_bitmaps(Rc::clone(&root), kept).await?;
                 }
@@ -419,17 +416,17 @@ impl Change {
     pub(super) async fn reread(&mut self, id: NodeId, root: Option<Rc<Root>>) -> Result<(), Error> {
         let vertex = self.state().shape.vertex(id);
         let (kind, modes, node_name) = (vertex.kind, vertex.modes, vertex.name.to_string());
-        let (driver, options) = self.control().read(|graph| {
+        let options = self.control().read(|graph| {
             let node = self.state().node(graph, id);
             let node = node.expect("every vertex of a shape has a node");
-            (node.driver.clone(), node.options.clone())
+            node.options.clone()
         });
         let request = ReopenRequest {
             context: Rc::clone(self.control().context()),
             node_name,
             table: kind.options,
             before: options.clone(),
-            options: options.clone(),
+            options,
             modes_before: OpenModes {
                 inactive: true,
                 ..modes
@@ -439,17 +436,7 @@ impl Change {
             children: self.open_children_of(id),
             root,
         };
-        let prepared = driver.take().reopen_prepare(request).await?;
-        let state = self.state_mut();
-        state.reopened.push(Reopening {
-            id,
-            driver,
-            options,
-        });
-        if let Some(io) = prepared.io {
-            state.replaced.insert(id, io);
-        }
-        Ok(())
+        self.prepare_reopen(id, request).await
     }
 
     /// Does something to the image of a node that is drained and claimed for it.

@@ -167,6 +167,7 @@ mod recording;
 mod reopen;
 mod roots;
 mod shape;
+mod typed;
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -187,6 +188,7 @@ pub use self::recording::ExportState;
 use self::roots::RootRecord;
 pub use self::roots::{RootSpec, RootUser};
 use self::shape::Shape;
+pub use self::typed::typed_options;
 use crate::drain::{Held, Scope, SectionId};
 use crate::driver::{DriverType, OpenModes};
 use crate::io::{IoContext, Plan};

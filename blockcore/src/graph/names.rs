@@ -5,10 +5,11 @@
 //! operator has to. A raw image whose format was guessed refuses writes that would make it look like
 //! another's: its guest could otherwise name any file of the host as its backing image.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::compile::View;
-use super::open::Inherited;
+use super::open::{Inherited, WantedBacking};
 use super::{Change, Control, Graph, NodeId};
 use crate::driver::{BackingName, DriverKind, DriverType, OpenModes, PROBE_BYTES, Role};
 use crate::engine::{HostCall, HostReply};
@@ -90,6 +91,13 @@ impl Graph {
 }
 
 pub(super) fn backing_is_overridden(view: &View<'_>, id: NodeId) -> bool {
+    let attached = view.shape.child_with(id, Role::COW);
+    let attached = attached.map(|edge| described(view, edge.child).name());
+    is_overridden(view, id, attached)
+}
+
+/// As [`backing_is_overridden`], if the backing node that there is is called `attached`.
+fn is_overridden(view: &View<'_>, id: NodeId, attached: Option<String>) -> bool {
     let node = view.node(id);
     let opened = node.backing_opened.as_deref();
     let header = match (&node.backing, opened) {
@@ -98,14 +106,34 @@ pub(super) fn backing_is_overridden(view: &View<'_>, id: NodeId) -> bool {
         // The header asks for one, and it was not opened for that.
         (Some(_), None) => return true,
     };
-    let attached = view.shape.child_with(id, Role::COW);
-    let attached = attached.map(|edge| described(view, edge.child).name());
     backing_overridden(header, attached.as_deref())
 }
 
+/// From below, each node once: chains are long.
 fn described(view: &View<'_>, id: NodeId) -> Described {
+    let mut known = BTreeMap::new();
+    let mut waiting = vec![id];
+    while let Some(next) = waiting.last().copied() {
+        let children = view.shape.children(next).map(|(_, edge)| edge.child);
+        let unknown: Vec<_> = children
+            .filter(|child| !known.contains_key(child))
+            .collect();
+        if !unknown.is_empty() {
+            waiting.extend(unknown);
+            continue;
+        }
+        waiting.pop();
+        known.insert(next, describe_one(view, next, &known));
+    }
+    known.remove(&id).expect("the last one")
+}
+
+/// Describes a node whose children are described.
+fn describe_one(view: &View<'_>, id: NodeId, below: &BTreeMap<NodeId, Described>) -> Described {
     let (node, vertex) = (view.node(id), view.shape.vertex(id));
-    let overridden = backing_is_overridden(view, id);
+    let attached = view.shape.child_with(id, Role::COW);
+    let attached = attached.map(|edge| below[&edge.child].name());
+    let overridden = is_overridden(view, id, attached);
     let children: Vec<_> = vertex
         .kind
         .children
@@ -115,7 +143,7 @@ fn described(view: &View<'_>, id: NodeId) -> Described {
             let is_backing = spec.role.contains(Role::COW);
             match view.shape.child(id, index) {
                 Some(edge) => {
-                    let child = described(view, edge.child);
+                    let child = &below[&edge.child];
                     let from_image = match is_backing {
                         true => !overridden,
                         false => node.named_opened.get(&index) == Some(&child.name()),
@@ -134,7 +162,7 @@ fn described(view: &View<'_>, id: NodeId) -> Described {
         .iter()
         .map(|(name, from_image, node)| ChildPart {
             name,
-            node: node.as_ref(),
+            node: *node,
             from_image: *from_image,
         })
         .collect();
@@ -256,39 +284,70 @@ impl Change {
             .ok_or_else(|| Error::unsupported("no driver knows this image's format"))
     }
 
-    /// Opens the backing image that a node's header asks for, and attaches it.
-    pub(super) async fn open_backing(
+    /// Opens the backing image that a node's header asks for, and attaches it; then the one that this asks
+    /// for, and so on.
+    pub(super) async fn open_chain(
+        &mut self,
+        top: NodeId,
+        wanted: WantedBacking,
+    ) -> Result<(), Error> {
+        let (mut links, mut next) = (Vec::new(), Some((top, wanted)));
+        let mut opened = Ok(());
+        while let Some((overlay, wanted)) = next.take() {
+            let link = self.open_backing(overlay, &wanted).await;
+            links.push((overlay, wanted.backing));
+            self.chain_depth += 1;
+            match link {
+                Ok((child, below)) => next = below.map(|below| (child, below)),
+                Err(error) => opened = Err(error),
+            }
+        }
+        self.chain_depth -= links.len();
+        // From below: what an image is called says what is below it.
+        for (overlay, backing) in links.into_iter().rev() {
+            let vertex = self.state().shape.vertex(overlay);
+            match opened {
+                Err(error) => {
+                    let text = format!(
+                        "cannot open backing image '{}' of node '{}': {}",
+                        backing.name,
+                        vertex.name,
+                        error.report()
+                    );
+                    opened = Err(Error::new(error.kind(), text));
+                }
+                Ok(()) => {
+                    let child = self.state().shape.child_with(overlay, Role::COW);
+                    let name = self.described(child.expect("just attached").child).name();
+                    let node = self.state_mut().nodes.get_mut(&overlay);
+                    node.expect("just opened").backing_opened = Some(name);
+                }
+            }
+        }
+        opened
+    }
+
+    /// Opens one backing image without those below it, and attaches it. Returns what its own header asks for.
+    async fn open_backing(
         &mut self,
         id: NodeId,
-        modes: OpenModes,
-        backing: BackingName,
-    ) -> Result<(), Error> {
-        let name = Arc::clone(&self.state().shape.vertex(id).name);
-        let context = |error: Error| {
-            Error::new(
-                error.kind(),
-                format!(
-                    "cannot open backing image '{}' of node '{name}': {}",
-                    backing.name,
-                    error.report()
-                ),
-            )
-        };
-        let options = self.backing_options(id, &backing).map_err(context)?;
-        let kind = self.state().shape.vertex(id).kind;
-        let mut specs = kind.children.iter();
+        wanted: &WantedBacking,
+    ) -> Result<(NodeId, Option<WantedBacking>), Error> {
+        let options = self.backing_options(id, &wanted.backing)?;
+        let vertex = self.state().shape.vertex(id);
+        let mut specs = vertex.kind.children.iter();
         let index = specs.position(|spec| spec.role.contains(Role::COW));
         let Some(index) = index else {
             return Err(Error::unsupported(format!(
-                "driver '{}' of node '{name}' cannot have a backing node",
-                kind.name
+                "driver '{}' of node '{}' cannot have a backing node",
+                vertex.kind.name, vertex.name
             )));
         };
-        let opened = self.open_from_image(id, index, modes, options).await;
-        let opened = opened.map_err(context)?;
-        let node = self.state_mut().nodes.get_mut(&id);
-        node.expect("just opened").backing_opened = Some(opened);
-        Ok(())
+        let inherited = self.inherited_from_image(id, index, wanted.modes)?;
+        let (child, below) = self.open_layer(options, inherited, None).await?;
+        self.add_child(id, index, inherited.role(), child)?;
+        self.prepare_permissions().await?;
+        Ok((child, below))
     }
 
     /// Opens the children that a node's image names, and attaches them. Those that the options `said`
@@ -338,26 +397,33 @@ impl Change {
         modes: OpenModes,
         options: Options,
     ) -> Result<String, Error> {
-        let parent = self.control().read(|graph| {
+        let inherited = self.inherited_from_image(id, index, modes)?;
+        self.chain_depth += 1;
+        let opened = self.open_node(options, inherited, None).await;
+        self.chain_depth -= 1;
+        let child = opened?;
+        self.add_child(id, index, inherited.role(), child)?;
+        self.prepare_permissions().await?;
+        Ok(self.described(child).name())
+    }
+
+    /// What a child takes over from a node whose image asks for it.
+    fn inherited_from_image(
+        &self,
+        id: NodeId,
+        index: usize,
+        modes: OpenModes,
+    ) -> Result<Inherited, Error> {
+        if self.chain_depth >= MAX_CHAIN {
+            return Err(Error::invalid(format!(
+                "the chain is longer than {MAX_CHAIN} images, or a loop"
+            )));
+        }
+        let options = self.control().read(|graph| {
             let node = self.state().node(graph, id);
             node.expect("just opened").options.clone()
         });
-        let role = self.child_role(id, &parent, index);
-        self.chain_depth += 1;
-        let opened = match self.chain_depth <= MAX_CHAIN {
-            true => {
-                self.open_node(options, Inherited::new(modes, role), None)
-                    .await
-            }
-            false => Err(Error::invalid(format!(
-                "the chain is longer than {MAX_CHAIN} images, or a loop"
-            ))),
-        };
-        self.chain_depth -= 1;
-        let child = opened?;
-        self.add_child(id, index, role, child)?;
-        self.prepare_permissions().await?;
-        Ok(self.described(child).name())
+        Ok(Inherited::new(modes, self.child_role(id, &options, index)))
     }
 
     /// The options of an image that another one names, and not as its backing image. The name is a path

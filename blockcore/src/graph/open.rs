@@ -12,7 +12,7 @@ use super::shape::Vertex;
 use super::{Change, Control, Node, NodeId};
 use crate::dirty_bitmap::BitmapSet;
 use crate::driver::{
-    DetectZeroes, DriverKind, DriverType, OpenChild, OpenModes, OpenRequest, Role,
+    BackingName, DetectZeroes, DriverKind, DriverType, OpenChild, OpenModes, OpenRequest, Role,
 };
 use crate::engine::OpenFile;
 use crate::node::NodeState;
@@ -198,6 +198,11 @@ impl Inherited {
         }
     }
 
+    /// What the child is to its parent.
+    pub(super) fn role(self) -> Role {
+        self.role.unwrap_or_else(Role::empty)
+    }
+
     /// What a child's modes are where its options do not say: the cache modes and forced sharing of its
     /// parent; a backing node is only read, and others write where the parent may. Discards that have
     /// come through the parent are honoured.
@@ -224,6 +229,13 @@ impl Inherited {
             ..modes
         }
     }
+}
+
+/// A backing image that a header asks for, and that is to be opened.
+pub(super) struct WantedBacking {
+    /// Of the node that asks.
+    pub(super) modes: OpenModes,
+    pub(super) backing: BackingName,
 }
 
 /// A node's modes: its own options, else what follows from its parent's.
@@ -307,12 +319,32 @@ impl Change {
         self.open_node(options, Inherited::NOTHING, None).await
     }
 
+    /// Opens a node with all that is below it. Recurses as deep as the options are nested, and no deeper:
+    /// how long a chain of images is, the images say.
     pub(super) fn open_node(
+        &mut self,
+        options: Options,
+        inherited: Inherited,
+        file: Option<Arc<OpenFile>>,
+    ) -> LocalBoxFuture<'_, Result<NodeId, Error>> {
+        async move {
+            let (id, backing) = self.open_layer(options, inherited, file).await?;
+            if let Some(backing) = backing {
+                self.open_chain(id, backing).await?;
+            }
+            Ok(id)
+        }
+        .boxed_local()
+    }
+
+    /// As [`open_node`](Self::open_node), but for the backing image that the node's header asks for: returns
+    /// it if it is to be opened.
+    pub(super) fn open_layer(
         &mut self,
         mut options: Options,
         inherited: Inherited,
         file: Option<Arc<OpenFile>>,
-    ) -> LocalBoxFuture<'_, Result<NodeId, Error>> {
+    ) -> LocalBoxFuture<'_, Result<(NodeId, Option<WantedBacking>), Error>> {
         async move {
             let driver = options.get("driver").unwrap_or("").to_owned();
             if driver.is_empty() {
@@ -359,10 +391,8 @@ impl Change {
             }
             self.open_named_children(id, modes, &said).await?;
             let backing = self.state().nodes[&id].backing.clone();
-            if let Some(backing) = backing.filter(|_| !backing_is_said && !modes.check) {
-                self.open_backing(id, modes, backing).await?;
-            }
-            Ok(id)
+            let backing = backing.filter(|_| !backing_is_said && !modes.check);
+            Ok((id, backing.map(|backing| WantedBacking { modes, backing })))
         }
         .boxed_local()
     }

@@ -226,12 +226,15 @@ impl Change {
             Some(plan) => self.control().unused_root(plan),
             None => self.temporary_root(entry.node, everything),
         };
+        // Whoever wrote has been told by then.
+        let known_lost = root.plan().files().any(|file| file.flush_lost());
         let request = root.enter(RequestKind::Flush, 0, 0).await;
         let name = &self.state().shape.vertex(entry.node).name;
         let still_good = request.flush().await;
         match still_good {
+            Ok(()) => {}
             // That is what reopening is for.
-            Ok(()) | Err(crate::IoError::FlushLost) => {}
+            Err(crate::IoError::FlushLost) if known_lost => {}
             Err(error) => {
                 return Err(Error::new(
                     crate::ErrorKind::Io,
@@ -255,11 +258,10 @@ impl Change {
 
     async fn reopen_driver(&mut self, entry: Entry) -> Result<(), Error> {
         let (id, kind) = (entry.node, self.state().shape.vertex(entry.node).kind);
-        let (driver, before) = self.control().read(|graph| {
-            let node = graph.node_by_id(id);
-            let node = node.or_else(|| self.state().nodes.get(&id));
+        let before = self.control().read(|graph| {
+            let node = self.state().node(graph, id);
             let node = node.expect("every vertex of a shape has a node");
-            (node.driver.clone(), node.options.clone())
+            node.options.clone()
         });
         let name = self.state().shape.vertex(id).name.to_string();
         let mut options = entry.options;
@@ -290,13 +292,24 @@ impl Change {
             node_name: name,
             table: kind.options,
             before,
-            options: options.clone(),
+            options,
             modes_before: entry.before,
             modes: entry.modes,
             will_write,
             children: self.open_children_of(id),
             root: entry.root,
         };
+        self.prepare_reopen(id, request).await
+    }
+
+    /// Has a node's driver prepare to be what is requested, which it becomes when the change is committed.
+    pub(super) async fn prepare_reopen(
+        &mut self,
+        id: NodeId,
+        request: ReopenRequest,
+    ) -> Result<(), Error> {
+        let driver = self.driver_of(id);
+        let options = request.options.clone();
         let prepared = driver.take().reopen_prepare(request).await?;
         let state = self.state_mut();
         state.reopened.push(Reopening {

@@ -102,14 +102,19 @@ impl<'a> Io<'a> {
             if guarded || !align::is_aligned(offset, bytes, layer.unit()) {
                 return Err(IoError::Unsupported);
             }
-            match write {
-                true => layer.check_write(offset, bytes)?,
-                false => layer.check(offset, bytes)?,
-            }
+            let check = || match write {
+                true => layer.check_write(offset, bytes),
+                false => layer.check(offset, bytes),
+            };
+            check()?;
             let turn = match wait {
                 true => layer.track(offset, bytes, false).await,
                 false => layer.try_track(offset, bytes, false)?,
             };
+            if turn.is_some() {
+                // Whoever was in the way may have cut off what is to be copied, or where to.
+                check()?;
+            }
             let marks = write.then(|| layer.changes(offset, bytes));
             held.push((turn, marks, None));
             let node = layer.node();

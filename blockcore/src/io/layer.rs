@@ -192,11 +192,11 @@ impl<'a> Io<'a> {
     }
 
     /// A parent that holds data in this node may read past its end and, with the right to resize, write
-    /// there.
+    /// there. A user may not, also not through filters: these see to it that what they pass on was inside
+    /// of the node when the request began, and somebody may have cut it off since.
     fn is_growable(self) -> bool {
         // A driver that opens reaches its children by roots without a user.
-        let is_child = self.index != 0 || self.request.root().id() == RootId::default();
-        if !is_child {
+        if !self.node().holds_data && self.request.root().id() != RootId::default() {
             return false;
         }
         match self.child_with(Role::FILTERED) {
@@ -302,7 +302,11 @@ impl<'a> Io<'a> {
         if bytes == 0 {
             return Ok(());
         }
-        let _turn = self.track(offset, bytes, false).await;
+        let turn = self.track(offset, bytes, false).await;
+        if turn.is_some() {
+            // Whoever was in the way may have cut off what is to be read.
+            self.check(offset, bytes)?;
+        }
         self.read_inside(offset, into).await
     }
 
@@ -310,15 +314,22 @@ impl<'a> Io<'a> {
     async fn read_past_end(self, offset: u64, into: Segments) -> Result<(), IoError> {
         let bytes = into.bytes();
         offset.checked_add(bytes).ok_or(IoError::OutOfRange)?;
-        let inside = self.bytes().saturating_sub(offset).min(bytes);
+        let inside = || self.bytes().saturating_sub(offset).min(bytes);
+        let turn = match inside() {
+            0 => None,
+            inside => self.track(offset, inside, false).await,
+        };
+        // Now: whoever was in the way may have cut some off.
+        let inside = inside();
         if inside < bytes {
             into.slice(inside, bytes - inside).fill(0);
         }
         if inside == 0 {
             return Ok(());
         }
-        let _turn = self.track(offset, inside, false).await;
-        self.read_inside(offset, into.slice(0, inside)).await
+        let read = self.read_inside(offset, into.slice(0, inside)).await;
+        drop(turn);
+        read
     }
 
     /// Reads a range that is inside the node and whose turn it is.
@@ -369,10 +380,14 @@ impl<'a> Io<'a> {
         }
         let whole = align::is_aligned(offset, bytes, self.unit());
         let serialising = !whole || flags.contains(WriteFlags::SERIALISING);
-        let _turn = match flags.contains(WriteFlags::NO_WAIT) {
+        let turn = match flags.contains(WriteFlags::NO_WAIT) {
             false => self.track(offset, bytes, serialising).await,
             true => self.try_track(offset, bytes, serialising)?,
         };
+        if turn.is_some() {
+            // Whoever was in the way may have cut off what is to be written to.
+            self.check_write(offset, bytes)?;
+        }
         let _marks = self.changes(offset, bytes);
         let zeroes = self.detected_zeroes(&from);
         match zeroes {
@@ -524,7 +539,10 @@ impl<'a> Io<'a> {
         if bytes == 0 {
             return Ok(());
         }
-        let _turn = self.track(offset, bytes, false).await;
+        let turn = self.track(offset, bytes, false).await;
+        if turn.is_some() {
+            self.check_write(offset, bytes)?;
+        }
         let _marks = self.changes(offset, bytes);
         self.node().io.write_compressed(self, offset, from).await
     }

@@ -1,8 +1,16 @@
 //! Changing a node's length.
+//!
+//! What is cut off must not come back: a write past the new end that was let in before would make the host's
+//! file longer again, or land in what the host has given to somebody else by then. So a node gets shorter only
+//! when nobody is writing to it, which is sure in one of two ways. Either the request has no user, as those of
+//! a change of the graph, which has drained the node; or everybody's requests register there, and the change of
+//! length waits for theirs and theirs for it. Where a root may change the length they do register
+//! ([`Permissions::RESIZE`]). Elsewhere the node stays as long as it is.
 
 use super::{Io, MAX_BYTES};
 use crate::IoError;
 use crate::driver::{Preallocation, TruncateFlags};
+use crate::graph::RootId;
 use crate::graph::permission::Permissions;
 use crate::node::Notice;
 
@@ -13,7 +21,8 @@ impl Io<'_> {
     /// # Errors
     ///
     /// [`IoError::ReadOnly`] for a read-only node or one that the caller may not resize;
-    /// [`IoError::Unsupported`] if the driver cannot, or not so; [`IoError::OutOfRange`] past the longest
+    /// [`IoError::Unsupported`] if the driver cannot, or not so, or if the node would get shorter under
+    /// requests that nobody knows of (see the module's header); [`IoError::OutOfRange`] past the longest
     /// possible node, or for preallocation of a node that shrinks.
     pub async fn truncate(
         self,
@@ -29,17 +38,28 @@ impl Io<'_> {
         if bytes > MAX_BYTES {
             return Err(IoError::OutOfRange);
         }
-        let before = self.bytes();
-        let added = bytes.saturating_sub(before);
-        if added == 0 && preallocation != Preallocation::Off {
+        // Preallocation must not overwrite what a request writes to the new part meanwhile, nor a request
+        // write to what is cut off.
+        let (turn, before) = loop {
+            let before = self.bytes();
+            let begin = before.min(bytes);
+            let turn = match before == bytes {
+                true => None,
+                false => self.track(begin, MAX_BYTES - begin, true).await,
+            };
+            // Another change of the length may have come first.
+            if turn.is_none() || self.bytes() == before {
+                break (turn, before);
+            }
+        };
+        if bytes <= before && preallocation != Preallocation::Off {
             return Err(IoError::OutOfRange);
         }
-        // Preallocation must not overwrite what a request writes to the new part meanwhile.
-        let _turn = match added {
-            0 => None,
-            added => self.track(before, added, true).await,
-        };
-        if added > 0
+        let without_user = self.request().root().id() == RootId::default();
+        if bytes < before && turn.is_none() && !without_user {
+            return Err(IoError::Unsupported);
+        }
+        if bytes > before
             && let Some(backing) = self.backing()
             && backing.bytes() > before
         {

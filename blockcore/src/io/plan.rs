@@ -36,6 +36,8 @@ pub(crate) struct PlanNode {
     pub(crate) children: Vec<Option<PlanChild>>,
     /// What the parent by which the plan comes here may do.
     pub(crate) granted: Permissions,
+    /// Some node above in the plan is no filter: what this one holds is for that to say.
+    pub(crate) holds_data: bool,
     /// Requests register: one of them may have to keep others off its bytes.
     pub(crate) tracked: bool,
     /// Keeps the first bytes from looking like another format's: the node's was guessed.

@@ -40,7 +40,11 @@ impl<'a> Io<'a> {
             return Ok(());
         }
         let whole = align::is_aligned(offset, bytes, self.unit());
-        let _turn = self.track(offset, bytes, !whole).await;
+        let turn = self.track(offset, bytes, !whole).await;
+        if turn.is_some() {
+            // Whoever was in the way may have cut off what is to be zeroed.
+            self.check_write(offset, bytes)?;
+        }
         let _marks = self.changes(offset, bytes);
         self.zero_inside(offset, bytes, flags).await?;
         self.stabilise(flags.contains(ZeroFlags::STABLE), false)
@@ -121,7 +125,11 @@ impl<'a> Io<'a> {
         if begin == end {
             return Ok(());
         }
-        let _turn = self.track(begin, end - begin, false).await;
+        let turn = self.track(begin, end - begin, false).await;
+        if turn.is_some() {
+            // As there.
+            self.check(begin, end - begin)?;
+        }
         let _marks = self.changes(begin, end - begin);
         for (piece, piece_bytes) in
             align::pieces(begin, end - begin, limit(node.limits.max_discard_bytes))

@@ -19,7 +19,19 @@ impl Options {
     /// a number with a fraction, an empty object or array, and too deep nesting.
     pub fn from_json(value: &Value) -> Result<Self, Error> {
         let mut options = Self::default();
-        flatten(value, &mut options).map_err(unreadable)?;
+        flatten(value, Keys::Paths, &mut options).map_err(unreadable)?;
+        Ok(options)
+    }
+
+    /// As [`from_json`](Self::from_json), as options in QEMU's schema are: each key is one name, and stands for
+    /// itself.
+    ///
+    /// # Errors
+    ///
+    /// As there, and for a key with a dot or one that begins with a digit.
+    pub fn from_schema_json(value: &Value) -> Result<Self, Error> {
+        let mut options = Self::default();
+        flatten(value, Keys::Names, &mut options).map_err(unreadable)?;
         Ok(options)
     }
 
@@ -31,7 +43,7 @@ impl Options {
     pub fn parse_json(text: &str) -> Result<Self, Error> {
         let mut options = Self::default();
         let mut reader = serde_json::Deserializer::from_str(text);
-        flatten(&mut reader, &mut options)
+        flatten(&mut reader, Keys::Paths, &mut options)
             .and_then(|()| reader.end())
             .map_err(unreadable)?;
         Ok(options)
@@ -57,14 +69,42 @@ impl Options {
     }
 }
 
+/// What a key of an object is.
+#[derive(Clone, Copy)]
+enum Keys {
+    /// Perhaps several, with dots between, or a place in a list.
+    Paths,
+    /// A name that stands for itself.
+    Names,
+}
+
+impl Keys {
+    fn check(self, word: &str) -> Result<(), Error> {
+        let is_name = || !word.contains('.') && !word.starts_with(|l: char| l.is_ascii_digit());
+        match self {
+            Self::Names if !is_name() => {
+                let shown: String = word.chars().take(80).collect();
+                let text = format!("Parameter '{}' is unexpected", shown.escape_debug());
+                Err(Error::invalid(text))
+            }
+            _ => super::check_key(word),
+        }
+    }
+}
+
 fn unreadable(error: serde_json::Error) -> Error {
     Error::invalid(format!("options in JSON cannot be read: {error}"))
 }
 
-fn flatten<'de, D: Deserializer<'de>>(from: D, options: &mut Options) -> Result<(), D::Error> {
+fn flatten<'de, D: Deserializer<'de>>(
+    from: D,
+    keys: Keys,
+    options: &mut Options,
+) -> Result<(), D::Error> {
     let root = Flat {
         key: String::new(),
         depth: 0,
+        keys,
         options,
     };
     root.deserialize(from)
@@ -76,6 +116,7 @@ struct Flat<'a> {
     /// Of the value, empty for the object as a whole.
     key: String,
     depth: usize,
+    keys: Keys,
     options: &'a mut Options,
 }
 
@@ -89,6 +130,7 @@ impl Flat<'_> {
         Flat {
             key,
             depth: self.depth + 1,
+            keys: self.keys,
             options: self.options,
         }
     }
@@ -162,7 +204,7 @@ impl<'de> Visitor<'de> for Flat<'_> {
         self.check_depth()?;
         let mut count = 0;
         while let Some(word) = map.next_key::<String>()? {
-            super::check_key(&word).map_err(de::Error::custom)?;
+            self.keys.check(&word).map_err(de::Error::custom)?;
             map.next_value_seed(self.inner(&word))?;
             count += 1;
         }

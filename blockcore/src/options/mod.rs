@@ -10,6 +10,7 @@
 
 mod json;
 mod text;
+pub(crate) mod typed;
 
 use std::collections::BTreeMap;
 
@@ -67,8 +68,28 @@ pub enum OptionKind {
     Bool,
     /// Bytes; `k`, `M`, `G`, `T` are powers of 1024.
     Size,
+    /// The same, where QEMU's schema has a plain number.
+    Bytes,
+    /// A whole number, perhaps negative.
+    Int,
     /// One of these words.
     Choice(&'static [&'static str]),
+}
+
+impl OptionKind {
+    /// Whether JSON has numbers for it.
+    pub fn is_number(self) -> bool {
+        matches!(self, Self::Size | Self::Bytes | Self::Int)
+    }
+}
+
+/// In which of the forms of QEMU's schema options were given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// `key=value,key=value`: each value is text that stands for its type.
+    KeyValue,
+    /// JSON: each value has its type.
+    Json,
 }
 
 /// What an option was given as.
@@ -103,7 +124,13 @@ impl OptionValue {
         let fitting = match kind {
             OptionKind::Text | OptionKind::Choice(_) => Some(Self::Text(text.to_owned())),
             OptionKind::Bool => parse_bool(text).map(Self::Bool),
-            OptionKind::Size => parse_size(text).map(|bytes| Self::Number(bytes.to_string())),
+            OptionKind::Size | OptionKind::Bytes => {
+                parse_size(text).map(|bytes| Self::Number(bytes.to_string()))
+            }
+            OptionKind::Int => {
+                let number = text.parse::<i64>().ok();
+                number.map(|number| Self::Number(number.to_string()))
+            }
         };
         fitting.unwrap_or_else(|| self.clone())
     }
@@ -181,6 +208,11 @@ impl Options {
         Some(text)
     }
 
+    /// Takes an option out as it was given.
+    pub fn take_value(&mut self, key: &str) -> Option<OptionValue> {
+        self.values.remove(key)
+    }
+
     /// Takes out what is said of child `name`: its node, its options or that it is not there. `None`
     /// if nothing is said.
     ///
@@ -188,7 +220,7 @@ impl Options {
     ///
     /// [`crate::ErrorKind::Invalid`] if two of these are said; both are taken out.
     pub fn take_child(&mut self, name: &str) -> Result<Option<ChildOption>, Error> {
-        let reference = self.values.remove(name);
+        let reference = self.take_value(name);
         let inline = self.take_nested(name);
         match reference {
             None if inline.is_empty() => Ok(None),
@@ -367,9 +399,13 @@ fn check_value(kind: OptionKind, value: &OptionValue) -> Result<(), String> {
             let fits = text.and_then(parse_bool).is_some();
             (fits, "on or off".to_owned())
         }
-        OptionKind::Size => {
+        OptionKind::Size | OptionKind::Bytes => {
             let fits = text.and_then(parse_size).is_some();
             (fits, "a size in bytes, such as 10G".to_owned())
+        }
+        OptionKind::Int => {
+            let fits = text.is_some_and(|text| text.parse::<i64>().is_ok());
+            (fits, "a whole number".to_owned())
         }
         OptionKind::Choice(words) => {
             let fits = text.is_some_and(|text| words.contains(&text));

@@ -13,11 +13,14 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use blockcore::Error;
-use blockcore::driver::{Driver, Limits, OpenModes, OpenRequest, Opened, ReopenRequest, Reopened};
-use blockcore::engine::Op;
+use blockcore::driver::{
+    Activation, Driver, Limits, OpenModes, OpenRequest, Opened, ReopenRequest, Reopened,
+};
+use blockcore::engine::{HostCall, Op};
 use blockcore::filename;
 use blockcore::graph::permission::Permissions;
 use blockcore::io::{IoContext, Root};
+use blockcore::options::Options;
 use futures_util::FutureExt;
 use futures_util::future::LocalBoxFuture;
 
@@ -51,12 +54,15 @@ struct State {
     limits: Limits,
     modes: OpenModes,
     users: Users,
+    drops_cache: bool,
 }
 
 /// Opens a node.
 pub(super) async fn open(request: OpenRequest, kind: Kind) -> Result<Opened, Error> {
     let path = request.options.text(OPTIONS, "filename").to_owned();
     let (modes, context) = (request.modes, request.context);
+    check_aio(&request.options, modes)?;
+    let drops_cache = request.options.bool(OPTIONS, "drop-cache");
     let way = match request.file {
         // Whoever opened it did so for all that the node may do.
         Some(_) => Way {
@@ -83,6 +89,7 @@ pub(super) async fn open(request: OpenRequest, kind: Kind) -> Result<Opened, Err
                 limits: description.limits(),
                 modes,
                 users: Users::NOBODY,
+                drops_cache,
             },
             next: None,
             locks,
@@ -140,6 +147,7 @@ impl FileDriver {
             limits,
             modes,
             users,
+            drops_cache: latest.drops_cache,
         });
         Ok(Reopened {
             io: is_other.then_some(io as _),
@@ -215,6 +223,16 @@ impl FileDriver {
     }
 }
 
+/// QEMU's `native` is Linux AIO, which waits in the page cache.
+fn check_aio(options: &Options, modes: OpenModes) -> Result<(), Error> {
+    match options.text(OPTIONS, "aio") {
+        "native" if !modes.direct => Err(Error::invalid(
+            "aio=native was specified, but it requires cache.direct=on, which was not specified.",
+        )),
+        _ => Ok(()),
+    }
+}
+
 /// Has the host write back what it keeps.
 async fn sync(context: &Rc<IoContext>, io: &FileIo) -> Result<(), Error> {
     let file = io.file();
@@ -241,6 +259,24 @@ impl Driver for FileDriver {
         .boxed_local()
     }
 
+    fn activate(&mut self, root: Rc<Root>) -> LocalBoxFuture<'_, Activation> {
+        async move {
+            let State {
+                io, drops_cache, ..
+            } = self.latest();
+            if *drops_cache && !io.way().direct {
+                let file = Arc::clone(io.file());
+                let dropped = root.context().host(HostCall::DropCache(file)).await;
+                dropped.map_err(|error| {
+                    let text = format!("cannot drop what the host has cached of '{}'", self.path);
+                    Error::host(text, error)
+                })?;
+            }
+            Ok(None)
+        }
+        .boxed_local()
+    }
+
     fn limits(&self, _children: &[Option<Limits>]) -> Limits {
         self.latest().limits
     }
@@ -263,10 +299,20 @@ impl Driver for FileDriver {
         request: ReopenRequest,
     ) -> LocalBoxFuture<'_, Result<Reopened, Error>> {
         async move {
-            request.generic()?;
+            let mut changed = request.changed();
+            changed.retain(|name| name != "drop-cache");
+            if !changed.is_empty() {
+                return request.generic();
+            }
+            check_aio(&request.options, request.modes)?;
             let users = self.latest().users;
-            self.prepare(&request.context, request.modes, users, true)
-                .await
+            let prepared = self
+                .prepare(&request.context, request.modes, users, true)
+                .await?;
+            if let Some(next) = &mut self.next {
+                next.drops_cache = request.options.bool(OPTIONS, "drop-cache");
+            }
+            Ok(prepared)
         }
         .boxed_local()
     }

@@ -65,4 +65,29 @@ const OPTIONS: &[OptionSpec] = &[
         changes_data: false,
         help: "whether to keep other processes out (auto: where the file system can)",
     },
+    OptionSpec {
+        name: "aio",
+        kind: OptionKind::Choice(&["threads", "native", "io_uring"]),
+        default: Some("threads"),
+        reopen: false,
+        changes_data: false,
+        help: "taken as QEMU has it, native with cache.direct only; workers do all I/O as --engine says",
+    },
+    OptionSpec {
+        name: "aio-max-batch",
+        kind: OptionKind::Int,
+        default: Some("0"),
+        reopen: false,
+        changes_data: false,
+        help: "taken as QEMU has it; workers choose for themselves how much they give to the host at once",
+    },
+    OptionSpec {
+        name: "drop-cache",
+        kind: OptionKind::Bool,
+        default: Some("on"),
+        reopen: true,
+        changes_data: false,
+        help: "whether the host's page cache is dropped when the node is made active: another host may have \
+               changed the file",
+    },
 ];

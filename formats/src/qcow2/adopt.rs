@@ -4,9 +4,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use blockcore::driver::WriteFlags;
 use blockcore::engine::{HostCall, HostReply, Segment};
-use blockcore::io::buffer::Segments;
 use blockcore::{Error, ErrorKind};
 
 use super::cookie;
@@ -100,7 +98,7 @@ pub(super) async fn adopt(
         return Ok(None);
     };
     for (offset, bytes) in steps {
-        write_durably(source, offset, &bytes).await?;
+        source.write_header(offset, &bytes).await?;
     }
     let mut bytes = next.to_be_bytes().to_vec();
     bytes.resize(16, 0);
@@ -113,7 +111,7 @@ pub(super) async fn adopt(
     header.features.autoclear |= Features::SEGMENT;
     header.features.autoclear &= !header.unknown_autoclear();
     let autoclear = header.features.autoclear.to_be_bytes();
-    write_durably(source, field::AUTOCLEAR, &autoclear).await?;
+    source.write_header(field::AUTOCLEAR, &autoclear).await?;
     Ok(Some(Arc::new(segment)))
 }
 
@@ -188,11 +186,4 @@ async fn open(source: &Source, path: &std::path::Path) -> Result<Arc<Segment>, E
             Err(Error::host(text, error))
         }
     }
-}
-
-async fn write_durably(source: &Source, offset: u64, bytes: &[u8]) -> Result<(), Error> {
-    let from = Segments::allocate(bytes.len(), 512);
-    from.copy_from(bytes);
-    let written = source.root.write(offset, from, WriteFlags::STABLE).await;
-    written.map_err(|error| source.failed("write the header of", error))
 }

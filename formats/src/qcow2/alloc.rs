@@ -389,8 +389,8 @@ impl Image {
         }
         let mut fields = table_place.0.to_be_bytes().to_vec();
         fields.extend((clusters as u32).to_be_bytes());
-        let at = HostOffset(field::REFCOUNT_TABLE);
-        self.switch_header(io, at, &fields).await?;
+        self.switch_header(io, &[(field::REFCOUNT_TABLE, fields)])
+            .await?;
         let old_place = self.refcounts.place();
         let old_clusters = {
             let mut header = self.header();

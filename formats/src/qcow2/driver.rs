@@ -19,10 +19,9 @@ use blockcore::{Error, ErrorKind, IoError};
 use futures_util::FutureExt;
 use futures_util::future::LocalBoxFuture;
 
-use super::head::Switch;
-use super::image::{DATA_FILE, FILE, Image, RunOptions, write_bytes};
+use super::head;
+use super::image::{DATA_FILE, FILE, Image, RunOptions, write_steps};
 use super::io::Qcow2Io;
-use super::layout::HostOffset;
 use super::layout::entry::L2Entry;
 use super::layout::header::{Features, MAX_BACKING_BYTES, field};
 use super::open::{Source, open_image, run_options};
@@ -241,10 +240,10 @@ impl Driver for Qcow2Driver {
             header.extensions.backing_format = backing.as_ref().and_then(|new| new.format.clone());
             header.backing = backing.map(|new| new.name);
             let old = self.image.header().clone();
-            let switch = Switch::prepare(io, &old, &header).await?;
+            let steps = head::steps(io, &old, &header).await?;
             let flushed = io.child(FILE).flush().await;
             flushed.map_err(|error| failed(io.name(), "flush", error))?;
-            let written = switch.run(io).await;
+            let written = write_steps(io, &steps).await;
             written.map_err(|error| failed(io.name(), "write the header of", error))?;
             *self.image.header() = header;
             Ok(())
@@ -437,8 +436,8 @@ impl Image {
             header.features.autoclear &= !Features::SEGMENT;
             header.features.autoclear
         };
-        write_bytes(io, HostOffset(field::AUTOCLEAR), &autoclear.to_be_bytes()).await?;
-        io.child(FILE).flush().await?;
+        let cleared = (field::AUTOCLEAR, autoclear.to_be_bytes().to_vec());
+        write_steps(io, &[cleared]).await?;
         segment.close();
         self.allow_plain_writes();
         let removed = io

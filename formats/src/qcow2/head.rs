@@ -9,56 +9,32 @@
 //! Where not even that fits into one sector (a name of some hundred bytes, or extensions of other programs)
 //! all is written at once, as every other program does.
 
+use blockcore::Error;
 use blockcore::io::Io;
-use blockcore::{Error, IoError};
 
-use super::image::{FILE, read_bytes, write_bytes};
+use super::image::read_bytes;
 use super::layout::HostOffset;
 use super::layout::header::Header;
+use super::layout::room::Step;
 
 /// What a disk writes whole or not at all.
 const SECTOR_BYTES: usize = 512;
 
-/// Bytes to write at an offset of the image, durably, before the next.
-type Step = (u64, Vec<u8>);
-
-/// What makes `new` an image's header, in order.
-pub(super) struct Switch {
-    steps: Vec<Step>,
-}
-
-impl Switch {
-    /// From the header that there is, and what it says.
-    ///
-    /// # Errors
-    ///
-    /// [`blockcore::ErrorKind::NoSpace`] if the new header does not fit into its cluster; what could not be
-    /// read. Nothing has been written.
-    pub(super) async fn prepare(io: Io<'_>, old: &Header, new: &Header) -> Result<Self, Error> {
-        let whole = new.serialise()?;
-        let route = [old.serialise_bare()?, new.serialise_bare()?];
-        let there = read_bytes(io, HostOffset(0), whole.len() as u64).await;
-        let there = there.map_err(|error| {
-            let text = format!("the header cannot be read: {error}");
-            Error::new(blockcore::ErrorKind::Io, text)
-        })?;
-        Ok(Self {
-            steps: steps(&there, route, &whole),
-        })
-    }
-
-    /// Makes it so. All that the new header names is durable.
-    ///
-    /// # Errors
-    ///
-    /// What the host answered: which header there is nobody knows.
-    pub(super) async fn run(self, io: Io<'_>) -> Result<(), IoError> {
-        for (offset, bytes) in self.steps {
-            write_bytes(io, HostOffset(offset), &bytes).await?;
-            io.child(FILE).flush().await?;
-        }
-        Ok(())
-    }
+/// What makes `new` an image's header, in order. All that the new header names is durable before it is done.
+///
+/// # Errors
+///
+/// [`blockcore::ErrorKind::NoSpace`] if the new header does not fit into its cluster; what could not be
+/// read.
+pub(super) async fn steps(io: Io<'_>, old: &Header, new: &Header) -> Result<Vec<Step>, Error> {
+    let whole = new.serialise()?;
+    let route = [old.serialise_bare()?, new.serialise_bare()?];
+    let there = read_bytes(io, HostOffset(0), whole.len() as u64).await;
+    let there = there.map_err(|error| {
+        let text = format!("the header cannot be read: {error}");
+        Error::new(blockcore::ErrorKind::Io, text)
+    })?;
+    Ok(steps_between(&there, route, &whole))
 }
 
 /// Bytes up to the last that is not zero.
@@ -67,7 +43,7 @@ fn used(cluster: &[u8]) -> usize {
     last.map_or(0, |last| last + 1)
 }
 
-fn steps(old: &[u8], route: [Vec<u8>; 2], new: &[u8]) -> Vec<Step> {
+fn steps_between(old: &[u8], route: [Vec<u8>; 2], new: &[u8]) -> Vec<Step> {
     if let Some(steps) = direct(old, new) {
         return steps;
     }
@@ -107,33 +83,24 @@ fn direct(old: &[u8], new: &[u8]) -> Option<Vec<Step>> {
 #[cfg(test)]
 mod tests {
     use super::super::layout::extension::Extensions;
-    use super::super::layout::header::{Compression, Features, Purpose};
+    use super::super::layout::header::tests::plain;
+    use super::super::layout::header::{Features, Purpose};
     use super::*;
 
     fn header(version: u32, backing: Option<&str>, data_file: Option<&str>) -> Header {
         let incompatible = data_file.map_or(0, |_| Features::DATA_FILE);
         Header {
             version,
-            cluster_bits: 16,
-            refcount_order: 4,
-            bytes: 1 << 20,
             backing: backing.map(str::to_owned),
-            l1_offset: 0x3_0000,
-            l1_entries: 1,
-            refcount_table_offset: 0x1_0000,
-            refcount_table_clusters: 1,
-            snapshots: 0,
-            snapshots_offset: 0,
             features: Features {
                 incompatible,
                 ..Features::default()
             },
-            compression: Compression::Zlib,
             extensions: Extensions {
                 data_file: data_file.map(str::to_owned),
                 ..Extensions::default()
             },
-            unknown: Vec::new(),
+            ..plain()
         }
     }
 
@@ -146,7 +113,7 @@ mod tests {
             header.extensions.names.clear();
             header
         };
-        for (offset, bytes) in steps(&cluster, route, &new.serialise().unwrap()) {
+        for (offset, bytes) in steps_between(&cluster, route, &new.serialise().unwrap()) {
             // Any of the sectors may be there already.
             let at = offset as usize;
             for sectors in [0_u128, 0b01, 0b10, 0b101, 0b1010, u128::MAX] {
@@ -189,7 +156,7 @@ mod tests {
         let (old, new) = (header(3, Some(&long), None), header(2, Some(&long), None));
         let bare = [old.serialise_bare().unwrap(), new.serialise_bare().unwrap()];
         let whole = new.serialise().unwrap();
-        let steps = steps(&old.serialise().unwrap(), bare, &whole);
+        let steps = steps_between(&old.serialise().unwrap(), bare, &whole);
         assert_eq!(steps.len(), 1);
         assert_eq!(steps[0].0, 0);
     }

@@ -29,6 +29,7 @@ use super::compress::Tail;
 use super::gate::Gate;
 use super::layout::entry::L1Entry;
 use super::layout::header::{Features, Header, field};
+use super::layout::room::Step;
 use super::layout::{Geometry, HostOffset};
 use super::limbo::Limbo;
 use super::overlap::Metadata;
@@ -229,20 +230,12 @@ impl Image {
         IoError::Failed
     }
 
-    /// Changes fields of the header so that it names something else, durably. What it names is durable.
+    /// Changes the header so that it names something else, durably. What it names is durable.
     ///
     /// Where that fails nobody knows which header there is: what is changed from here on may be changed in
     /// vain, so nothing more is done with the image until it is opened again.
-    pub(super) async fn switch_header(
-        &self,
-        io: Io<'_>,
-        place: HostOffset,
-        fields: &[u8],
-    ) -> Result<(), IoError> {
-        let written = match write_bytes(io, place, fields).await {
-            Ok(()) => io.child(FILE).flush().await,
-            Err(error) => Err(error),
-        };
+    pub(super) async fn switch_header(&self, io: Io<'_>, steps: &[Step]) -> Result<(), IoError> {
+        let written = write_steps(io, steps).await;
         if let Err(error) = written {
             self.gate.break_off();
             tracing::error!(
@@ -263,13 +256,8 @@ impl Image {
             header.features.incompatible |= Features::CORRUPT;
             header.features.incompatible
         };
-        let written =
-            write_bytes(io, HostOffset(field::INCOMPATIBLE), &features.to_be_bytes()).await;
-        let marked = match written {
-            Ok(()) => io.child(FILE).flush().await,
-            Err(error) => Err(error),
-        };
-        if let Err(error) = marked {
+        let mark = (field::INCOMPATIBLE, features.to_be_bytes().to_vec());
+        if let Err(error) = write_steps(io, &[mark]).await {
             tracing::error!("cannot mark image '{}' as corrupt: {error}", io.name());
         }
     }
@@ -307,4 +295,13 @@ pub(super) async fn write_bytes(io: Io<'_>, host: HostOffset, bytes: &[u8]) -> R
     io.child(FILE)
         .write(host.0, from, WriteFlags::empty())
         .await
+}
+
+/// Writes steps into the image, each durable before the next.
+pub(super) async fn write_steps(io: Io<'_>, steps: &[Step]) -> Result<(), IoError> {
+    for (offset, bytes) in steps {
+        write_bytes(io, HostOffset(*offset), bytes).await?;
+        io.child(FILE).flush().await?;
+    }
+    Ok(())
 }

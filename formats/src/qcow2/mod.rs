@@ -100,7 +100,7 @@ async fn make(children: Vec<Option<NewChild>>, options: Options) -> Result<(), E
 const fn size(name: &'static str, default: &'static str, help: &'static str) -> OptionSpec {
     OptionSpec {
         name,
-        kind: OptionKind::Size,
+        kind: OptionKind::Bytes,
         default: Some(default),
         reopen: true,
         changes_data: false,

@@ -22,7 +22,7 @@ use super::bitmaps::{self, Bitmaps};
 use super::cache::{SliceCache, WAYS};
 use super::driver::Qcow2Driver;
 use super::gate::Gate;
-use super::image::{Image, L1, RunOptions};
+use super::image::{DATA_FILE, Image, L1, RunOptions};
 use super::io::Qcow2Io;
 use super::layout::bytes::words;
 use super::layout::entry::L1Entry;
@@ -30,7 +30,7 @@ use super::layout::extension::BITMAPS;
 use super::layout::header::{Features, Header, PREFIX_BYTES, Purpose, field};
 use super::layout::room;
 use super::layout::snapshot::{MAX_TABLE_BYTES, Snapshot};
-use super::layout::{Geometry, HostOffset};
+use super::layout::{BLOCK_OFFSET, Geometry, HostOffset};
 use super::limbo::Limbo;
 use super::overlap::Metadata;
 use super::refcount::Refcounts;
@@ -57,6 +57,13 @@ pub(super) async fn open(request: OpenRequest) -> Result<Opened, Error> {
         root: Rc::clone(&file.root),
         runtime_directory: request.runtime_directory.clone(),
     };
+    let has_data_file = request.children[DATA_FILE].is_some();
+    if has_data_file && !source.header(Purpose::Use).await?.geometry().data_file {
+        return Err(Error::invalid(format!(
+            "'data-file' can only be set for images with an external data file, and that of node '{}' has none",
+            source.node
+        )));
+    }
     let (image, bitmaps) = open_image(&source, &request.options, request.modes).await?;
     Ok(Opened {
         driver: Box::new(Qcow2Driver::new(&image, bitmaps, source.runtime_directory)),
@@ -83,6 +90,14 @@ impl Source {
     pub(super) fn failed(&self, what: &str, error: IoError) -> Error {
         let text = format!("cannot {what} the image of node '{}': {error}", self.node);
         Error::new(ErrorKind::Io, text)
+    }
+
+    /// Changes a part of the header, durably.
+    pub(super) async fn write_header(&self, offset: u64, bytes: &[u8]) -> Result<(), Error> {
+        let from = Segments::allocate(bytes.len(), 512);
+        from.copy_from(bytes);
+        let written = self.root.write(offset, from, WriteFlags::STABLE).await;
+        written.map_err(|error| self.failed("write the header of", error))
     }
 
     /// Reads a part of the file, which has it.
@@ -311,6 +326,12 @@ pub(super) fn run_options(
         )));
     }
     check_overlap_options(options, node)?;
+    if options.size(OPTIONS, "cache-clean-interval") > u64::from(u32::MAX) {
+        return Err(Error::invalid(format!(
+            "Cache clean interval too big: node '{node}' can have one of at most {} seconds",
+            u32::MAX
+        )));
+    }
     if run_options.discard_no_unref && header.version < 3 {
         return Err(Error::invalid(format!(
             "node '{node}' cannot have 'discard-no-unref=on': its image has version 2, which has no way to \
@@ -390,14 +411,7 @@ async fn clear_features(
     }
     header.features.autoclear &= !stale;
     let bytes = header.features.autoclear.to_be_bytes();
-    let segments = Segments::allocate(bytes.len(), 512);
-    segments.copy_from(&bytes);
-    let written = source
-        .root
-        .write(field::AUTOCLEAR, segments, WriteFlags::STABLE);
-    written
-        .await
-        .map_err(|error| source.failed("write the header of", error))
+    source.write_header(field::AUTOCLEAR, &bytes).await
 }
 
 /// Takes what names bitmaps that are out of date out of the header.
@@ -411,12 +425,7 @@ async fn drop_stale_bitmaps(source: &Source, header: &mut Header) -> Result<(), 
     cluster.resize(cluster_bytes as usize, 0);
     while let Some((offset, bytes)) = room::remove(&cluster, BITMAPS) {
         cluster[offset as usize..][..bytes.len()].copy_from_slice(&bytes);
-        let segments = Segments::allocate(bytes.len(), 512);
-        segments.copy_from(&bytes);
-        let written = source.root.write(offset, segments, WriteFlags::STABLE);
-        written
-            .await
-            .map_err(|error| source.failed("write the header of", error))?;
+        source.write_header(offset, &bytes).await?;
     }
     header.extensions.has_stale_bitmaps = false;
     Ok(())
@@ -467,7 +476,7 @@ pub(super) fn mark_active(
         header.refcount_table_bytes(),
     )?;
     for block in table.iter().filter(|block| **block != 0) {
-        own("refcount block", block & !0x1ff, cluster)?;
+        own("refcount block", block & BLOCK_OFFSET, cluster)?;
     }
     for table in l1.iter().filter_map(|entry| entry.table()) {
         own("L2 table", table.0, cluster)?;

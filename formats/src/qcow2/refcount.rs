@@ -9,7 +9,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use super::layout::{Geometry, HostOffset, refcount, set_refcount};
+use super::layout::{BLOCK_OFFSET, Geometry, HostOffset, refcount, set_refcount};
 use super::segment::{CrashSegment, Record};
 
 /// A cluster of the image's file, by number.
@@ -17,9 +17,6 @@ pub(crate) type ClusterNumber = u64;
 
 /// Which refcount block, in the order of the table.
 pub(crate) type BlockNumber = u64;
-
-/// Where in an entry of the table the block's offset is.
-const OFFSET_MASK: u64 = !0x1ff;
 
 /// See the module's header.
 pub(crate) struct Refcounts {
@@ -159,7 +156,7 @@ impl Refcounts {
     pub(crate) fn copy(&self, number: BlockNumber) -> Result<(HostOffset, Vec<u8>), Missing> {
         let mut inner = self.lock();
         let counts = inner.block(number)?.counts.to_vec();
-        let place = inner.table[number as usize] & OFFSET_MASK;
+        let place = inner.table[number as usize] & BLOCK_OFFSET;
         Ok((HostOffset(place), counts))
     }
 
@@ -311,7 +308,7 @@ impl Refcounts {
         let blocks = inner.blocks.iter().filter_map(|(number, block)| {
             Some(BlockCopy {
                 block: *number,
-                place: HostOffset(inner.table[*number as usize] & OFFSET_MASK),
+                place: HostOffset(inner.table[*number as usize] & BLOCK_OFFSET),
                 counts: block.counts.to_vec(),
                 changed: block.changed?,
             })
@@ -368,7 +365,7 @@ impl Inner {
             block.used = used;
             return Ok(block);
         }
-        let entry = self.table.get(number as usize).copied().unwrap_or(0) & OFFSET_MASK;
+        let entry = self.table.get(number as usize).copied().unwrap_or(0) & BLOCK_OFFSET;
         match entry {
             0 => Err(Missing::Make(number)),
             place => Err(Missing::Load(number, HostOffset(place))),

@@ -21,7 +21,7 @@ use futures_util::future::LocalBoxFuture;
 
 use super::alloc::RESERVE_CLUSTERS;
 use super::layout::entry::L1Entry;
-use super::layout::{Geometry, HostOffset, refcount, set_refcount};
+use super::layout::{BLOCK_OFFSET, Geometry, HostOffset, refcount, set_refcount};
 use super::overlap::Metadata;
 use super::refcount::{BlockNumber, ClusterNumber, Run};
 use super::segment::{Left, Record};
@@ -158,7 +158,7 @@ impl Replay {
     ) -> Result<(), String> {
         let g = tables.geometry;
         let block = (cluster / g.block_counts()) as usize;
-        let place = tables.table.get(block).map(|entry| entry & !0x1ff);
+        let place = tables.table.get(block).map(|entry| entry & BLOCK_OFFSET);
         let has_block = place.is_some_and(|place| place != 0 && g.is_aligned(place));
         match has_block && count <= g.max_refcount() {
             true => Ok(()),
@@ -258,7 +258,7 @@ impl Replay {
         let touched = self.counts.keys().chain(&reserved);
         let blocks: BTreeSet<_> = touched.map(|cluster| cluster / g.block_counts()).collect();
         for block in blocks {
-            let place = HostOffset(tables.table[block as usize] & !0x1ff);
+            let place = HostOffset(tables.table[block as usize] & BLOCK_OFFSET);
             let mut counts = match self.blocks.contains_key(&block) {
                 true => vec![0; g.cluster_bytes() as usize],
                 false => read(file, place, g.cluster_bytes()).await?,

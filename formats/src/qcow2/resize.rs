@@ -238,8 +238,7 @@ impl Image {
         }
         let mut fields = (needed as u32).to_be_bytes().to_vec();
         fields.extend(place.0.to_be_bytes());
-        self.switch_header(io, HostOffset(field::L1), &fields)
-            .await?;
+        self.switch_header(io, &[(field::L1, fields)]).await?;
         {
             let mut header = self.header();
             header.l1_entries = needed as u32;

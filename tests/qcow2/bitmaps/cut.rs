@@ -2,23 +2,19 @@
 //! and with a host that fails: what is left is whole, and no bitmap looks valid that misses a write.
 
 use std::path::Path;
-use std::rc::Rc;
 use std::time::Duration;
 
 use blockcore::Error;
 use blockcore::driver::{Preallocation, WriteFlags};
-use blockcore::engine::sim::{Faults, FileProperties, Random, Simulation, Worker};
-use blockcore::graph::{Control, Graph, RootSpec};
+use blockcore::engine::sim::{Faults, Random};
+use blockcore::graph::{Control, RootSpec};
 use blockcore::io::buffer::Segments;
 use blockcore::options::Options;
 
 use super::{listed, marked_by_qemu, persistent, text};
-use crate::setup::{Images, contents, qemu, qemu_output};
+use crate::setup::{Images, contents, qemu};
+use crate::world::{LIMIT, OPEN, World, assert_usable, moment};
 
-const LIMIT: Duration = Duration::from_secs(3600);
-const PATH: &str = "/simulated/image";
-const OPEN: &str =
-    "node-name=disk,driver=qcow2,discard=unmap,file.driver=file,file.filename=/simulated/image";
 /// Images tried when nothing is said.
 const DEFAULT_SEEDS: u64 = 16;
 /// How often the power is cut in what is done to each.
@@ -139,60 +135,23 @@ impl Case {
     }
 }
 
-/// A simulated host with an image.
-struct World {
-    simulation: Simulation,
-    worker: Rc<Worker>,
-    control: Control,
+/// The process after a kill opens the image, finds what completed, and closes it.
+fn recover(world: World) -> World {
+    let world = world.begin_again();
+    world.control.set_runtime_directory(Some("/run".into()));
+    let lived = world.run(|control| async move {
+        control.add(Options::parse(OPEN, None)?).await?;
+        control.remove("disk").await
+    });
+    lived.expect("nothing fails");
+    world
 }
 
-impl World {
-    fn new(seed: u64, image: &[u8]) -> Self {
-        let simulation = Simulation::new(seed);
-        simulation.load_file(PATH, FileProperties::default(), image);
-        Self::begin(simulation, false)
-    }
-
-    /// A process begins.
-    fn begin(simulation: Simulation, keeps: bool) -> Self {
-        let worker = simulation.worker();
-        let graph = Graph::new(formats::drivers());
-        let control = Control::new(graph, Rc::clone(worker.context()));
-        control.set_runtime_directory(keeps.then(|| "/run".into()));
-        Self {
-            simulation,
-            worker,
-            control,
-        }
-    }
-
-    /// The process after a kill opens the image, finds what completed, and closes it.
-    fn begin_again(self) -> Self {
-        let world = Self::begin(self.simulation, true);
-        let control = world.control.clone();
-        let life = async move {
-            control.add(Options::parse(OPEN, None)?).await?;
-            control.remove("disk").await
-        };
-        let lived = world.simulation.run(&world.worker, LIMIT, life);
-        lived
-            .unwrap_or_else(|_| panic!("it ends"))
-            .expect("nothing fails");
-        world
-    }
-
-    /// Lives for as long as `limit`; `None` if it was not over by then.
-    fn live(&self, case: &Case, limit: Duration) -> Option<Result<(), Error>> {
-        let directory = case.keeps.then(|| "/run".into());
-        self.control.set_runtime_directory(directory);
-        let life = case.clone().live(self.control.clone());
-        self.simulation.run(&self.worker, limit, life).ok()
-    }
-
-    fn dump(&self, image: &Path) {
-        let bytes = self.simulation.contents(PATH).expect("it is there");
-        std::fs::write(image, bytes).expect("there is room for tests");
-    }
+/// Lives for as long as `limit`; `None` if it was not over by then.
+fn live(world: &World, case: &Case, limit: Duration) -> Option<Result<(), Error>> {
+    let directory = case.keeps.then(|| "/run".into());
+    world.control.set_runtime_directory(directory);
+    world.run_for(limit, |control| case.clone().live(control))
 }
 
 #[derive(Debug, Default)]
@@ -205,12 +164,7 @@ struct Totals {
 
 /// What a bitmap says is true, or it says that it means nothing.
 fn check(case: &Case, image: &Path, when: &str, totals: &mut Totals) {
-    let output = qemu_output("qemu-img", &["check", "-f", "qcow2", text(image)]);
-    let said = String::from_utf8_lossy(&output.stdout);
-    assert!(
-        matches!(output.status.code(), Some(0 | 3)),
-        "{when}: {said}"
-    );
+    assert_usable(image, when);
     let disk = contents(image);
     let found = listed(image);
     for name in &case.bitmaps {
@@ -248,13 +202,7 @@ fn check(case: &Case, image: &Path, when: &str, totals: &mut Totals) {
 
 #[test]
 fn no_power_cut_and_no_kill_leaves_a_bitmap_that_misses_a_write() {
-    let totals = harness::seeds::try_all(DEFAULT_SEEDS, |seed, totals: &mut Totals| {
-        let case = Case::new(seed);
-        harness::seeds::replayable(seed, &case, |case| {
-            cut(case, totals);
-            Ok::<_, String>(0_u64)
-        })
-    });
+    let totals = harness::seeds::try_cases(DEFAULT_SEEDS, Case::new, cut);
     if let Some(totals) = totals {
         let least = totals.valid.min(totals.in_use);
         assert!(
@@ -271,7 +219,7 @@ fn cut(case: &Case, totals: &mut Totals) {
     let bytes = std::fs::read(&image).expect("just made");
     let world = World::new(case.seed, &bytes);
     let begun = world.simulation.now();
-    let done = world.live(case, LIMIT);
+    let done = live(&world, case, LIMIT);
     done.expect("it ends").expect("nothing fails");
     let takes = world.simulation.now() - begun;
     let left = images.path("left.qcow2");
@@ -282,16 +230,11 @@ fn cut(case: &Case, totals: &mut Totals) {
     let mut random = Random::new(case.seed);
     for index in 0..CUTS {
         let world = World::new(case.seed, &bytes);
-        // Often near the end, where they are stored.
-        let share = 1000 - random.below(1000) * random.below(1000) / 1000;
-        world.live(case, takes * share as u32 / 1000);
-        let is_kill = random.below(4) == 0;
-        match is_kill {
-            true => world.simulation.kill(),
-            false => world.simulation.power_cut(),
-        }
+        let share = moment(&mut random);
+        live(&world, case, takes * share as u32 / 1000);
+        let is_kill = world.cut_off(&mut random);
         let world = match is_kill && case.keeps {
-            true => world.begin_again(),
+            true => recover(world),
             false => world,
         };
         world.dump(&left);
@@ -302,13 +245,7 @@ fn cut(case: &Case, totals: &mut Totals) {
 
 #[test]
 fn a_host_that_fails_leaves_no_bitmap_that_misses_a_write() {
-    let totals = harness::seeds::try_all(DEFAULT_SEEDS, |seed, totals: &mut Totals| {
-        let case = Case::new(seed);
-        harness::seeds::replayable(seed, &case, |case| {
-            fail(case, totals);
-            Ok::<_, String>(0_u64)
-        })
-    });
+    let totals = harness::seeds::try_cases(DEFAULT_SEEDS, Case::new, fail);
     if let Some(totals) = totals {
         assert!(totals.failed > DEFAULT_SEEDS / 2, "{totals:?}");
     }
@@ -331,13 +268,10 @@ fn fail(case: &Case, totals: &mut Totals) {
             no_space_permille: permille,
             ..Faults::default()
         });
-        let lived = world.live(case, LIMIT).expect("it ends");
+        let lived = live(&world, case, LIMIT).expect("it ends");
         totals.failed += u64::from(lived.is_err());
         // What is open still is closed, whatever its host says.
-        let control = world.control.clone();
-        let closed = async move { control.close_all().await };
-        let closed = world.simulation.run(&world.worker, LIMIT, closed);
-        drop(closed.unwrap_or_else(|_| panic!("it ends")));
+        drop(world.run(|control| async move { control.close_all().await }));
         world.simulation.set_faults(Faults::default());
         world.dump(&left);
         let when = format!("attempt {attempt}: {lived:?}");

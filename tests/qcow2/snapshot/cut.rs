@@ -2,24 +2,16 @@
 //! moment, and with a host that fails: what is left is what was before or what should be after, and clean.
 
 use std::path::Path;
-use std::rc::Rc;
 use std::time::Duration;
 
 use blockcore::Error;
-use blockcore::driver::{SnapshotRef, WriteFlags};
-use blockcore::engine::sim::{Faults, FileProperties, Random, Simulation, Worker};
-use blockcore::graph::permission::Permissions;
-use blockcore::graph::{Control, Graph, RootSpec};
-use blockcore::io::buffer::Segments;
-use blockcore::options::Options;
+use blockcore::driver::SnapshotRef;
+use blockcore::engine::sim::{Faults, Random};
 
 use super::{listed, named, snapshot_contents, text};
-use crate::setup::{Images, assert_clean, contents, qemu, qemu_output};
+use crate::setup::{Images, assert_clean, contents, qemu};
+use crate::world::{LIMIT, World, assert_usable, moment};
 
-pub(crate) const LIMIT: Duration = Duration::from_secs(3600);
-const PATH: &str = "/simulated/image";
-const OPEN: &str =
-    "node-name=disk,driver=qcow2,discard=unmap,file.driver=file,file.filename=/simulated/image";
 /// Images tried when nothing is said.
 const DEFAULT_SEEDS: u64 = 25;
 /// How often the power is cut in what is done to each.
@@ -126,92 +118,18 @@ impl Held {
     }
 }
 
-/// A simulated host with an image, opened by its only worker.
-pub(crate) struct World {
-    pub(crate) simulation: Simulation,
-    worker: Rc<Worker>,
-    control: Control,
-}
-
-impl World {
-    pub(crate) fn new(seed: u64, image: &[u8]) -> Self {
-        let simulation = Simulation::new(seed);
-        let worker = simulation.worker();
-        let graph = Graph::new(formats::drivers());
-        let control = Control::new(graph, Rc::clone(worker.context()));
-        simulation.create_file(PATH, FileProperties::default(), image.len() as u64);
-        let world = Self {
-            simulation,
-            worker,
-            control,
-        };
-        world.fill(image);
-        let options = Options::parse(OPEN, None).unwrap();
-        let opened = world.run(|control| async move { control.add(options).await });
-        opened.expect("nothing fails yet");
-        world
-    }
-
-    /// Makes the image the file's contents, durably.
-    fn fill(&self, image: &[u8]) {
-        let from = Segments::allocate(image.len(), 4096);
-        from.copy_from(image);
-        self.run(|control| async move {
-            let options = format!("node-name=raw,driver=file,filename={PATH}");
-            control.add(Options::parse(&options, None)?).await?;
-            let mut spec = RootSpec::writer("a test").in_units_of(512);
-            spec.needs |= Permissions::RESIZE;
-            let id = control.add_root("raw", spec).await?;
-            let root = control.root_here(id)?;
-            root.write(0, from, WriteFlags::empty()).await.unwrap();
-            root.flush().await.unwrap();
-            drop(root);
-            control.remove_root(id).await?;
-            control.remove("raw").await
-        })
-        .expect("nothing fails yet");
-    }
-
-    pub(crate) fn run<T: 'static, W>(&self, work: impl FnOnce(Control) -> W) -> T
-    where
-        W: Future<Output = T> + 'static,
-    {
-        let work = work(self.control.clone());
-        let done = self.simulation.run(&self.worker, LIMIT, work);
-        done.unwrap_or_else(|_| panic!("it ends"))
-    }
-
-    /// Does it, for as long as `limit`; `None` if it was not done by then.
-    fn attempt(&self, verb: Verb, limit: Duration) -> Option<Result<(), Error>> {
-        self.run_for(limit, |control| async move {
-            match verb {
-                Verb::Take => control.take_snapshot("disk", named("ours")).await,
-                Verb::Apply => control.apply_snapshot("disk", &SnapshotRef::id("1")).await,
-                Verb::Delete => {
-                    let which = SnapshotRef::id("1");
-                    control.delete_snapshot("disk", &which).await.map(drop)
-                }
+/// Does it, for as long as `limit`; `None` if it was not done by then.
+fn attempt(world: &World, verb: Verb, limit: Duration) -> Option<Result<(), Error>> {
+    world.run_for(limit, |control| async move {
+        match verb {
+            Verb::Take => control.take_snapshot("disk", named("ours")).await,
+            Verb::Apply => control.apply_snapshot("disk", &SnapshotRef::id("1")).await,
+            Verb::Delete => {
+                let which = SnapshotRef::id("1");
+                control.delete_snapshot("disk", &which).await.map(drop)
             }
-        })
-    }
-
-    /// Does something, for as long as `limit`; `None` if it was not done by then.
-    pub(crate) fn run_for<T: 'static, W>(
-        &self,
-        limit: Duration,
-        work: impl FnOnce(Control) -> W,
-    ) -> Option<T>
-    where
-        W: Future<Output = T> + 'static,
-    {
-        let work = work(self.control.clone());
-        self.simulation.run(&self.worker, limit, work).ok()
-    }
-
-    pub(crate) fn dump(&self, image: &Path) {
-        let bytes = self.simulation.contents(PATH).expect("it is there");
-        std::fs::write(image, bytes).expect("there is room for tests");
-    }
+        }
+    })
 }
 
 #[derive(Debug, Default)]
@@ -223,13 +141,7 @@ struct Totals {
 
 #[test]
 fn a_power_cut_leaves_a_clean_image_as_it_was_or_as_it_shall_be() {
-    let totals = harness::seeds::try_all(DEFAULT_SEEDS, |seed, totals: &mut Totals| {
-        let case = Case::new(seed);
-        harness::seeds::replayable(seed, &case, |case| {
-            cut(case, totals);
-            Ok::<_, String>(0_u64)
-        })
-    });
+    let totals = harness::seeds::try_cases(DEFAULT_SEEDS, Case::new, cut);
     if let Some(totals) = totals {
         let least = totals.before.min(totals.after);
         assert!(least > DEFAULT_SEEDS, "{totals:?}");
@@ -243,9 +155,9 @@ fn cut(case: &Case, totals: &mut Totals) {
     let before = Held::by(&image);
     let after = before.after(case.verb);
     let bytes = std::fs::read(&image).expect("just made");
-    let world = World::new(case.seed, &bytes);
+    let world = World::opened(case.seed, &bytes);
     let begun = world.simulation.now();
-    let done = world.attempt(case.verb, LIMIT);
+    let done = attempt(&world, case.verb, LIMIT);
     done.expect("it ends").expect("nothing fails");
     let takes = world.simulation.now() - begun;
     let left = images.path("left.qcow2");
@@ -254,15 +166,10 @@ fn cut(case: &Case, totals: &mut Totals) {
     assert_eq!(Held::by(&left), after, "uncut");
     let mut random = Random::new(case.seed);
     for index in 0..CUTS {
-        let world = World::new(case.seed, &bytes);
-        // Often near the end, where it becomes a fact.
-        let share = 1000 - random.below(1000) * random.below(1000) / 1000;
-        world.attempt(case.verb, takes * share as u32 / 1000);
-        let is_kill = random.below(4) == 0;
-        match is_kill {
-            true => world.simulation.kill(),
-            false => world.simulation.power_cut(),
-        }
+        let world = World::opened(case.seed, &bytes);
+        let share = moment(&mut random);
+        attempt(&world, case.verb, takes * share as u32 / 1000);
+        let is_kill = world.cut_off(&mut random);
         world.dump(&left);
         let when = format!("cut {index}, after {share} permille, kill: {is_kill}");
         assert_clean(&left, &when);
@@ -276,13 +183,7 @@ fn cut(case: &Case, totals: &mut Totals) {
 
 #[test]
 fn a_host_that_fails_leaves_the_image_as_it_was_or_as_it_shall_be() {
-    let totals = harness::seeds::try_all(DEFAULT_SEEDS, |seed, totals: &mut Totals| {
-        let case = Case::new(seed);
-        harness::seeds::replayable(seed, &case, |case| {
-            fail(case, totals);
-            Ok::<_, String>(0_u64)
-        })
-    });
+    let totals = harness::seeds::try_cases(DEFAULT_SEEDS, Case::new, fail);
     if let Some(totals) = totals {
         assert!(totals.failed > DEFAULT_SEEDS, "{totals:?}");
     }
@@ -297,8 +198,8 @@ fn fail(case: &Case, totals: &mut Totals) {
     let bytes = std::fs::read(&image).expect("just made");
     let left = images.path("left.qcow2");
     let mut random = Random::new(case.seed);
-    for attempt in 0..4 {
-        let world = World::new(case.seed + 1000 * attempt, &bytes);
+    for index in 0..4 {
+        let world = World::opened(case.seed + 1000 * index, &bytes);
         let permille = 1 + random.below(80) as u32;
         world.simulation.set_faults(Faults {
             read_error_permille: permille / 4,
@@ -307,18 +208,12 @@ fn fail(case: &Case, totals: &mut Totals) {
             no_space_permille: permille,
             ..Faults::default()
         });
-        let done = world.attempt(case.verb, LIMIT).expect("it ends");
+        let done = attempt(&world, case.verb, LIMIT).expect("it ends");
         world.simulation.set_faults(Faults::default());
         // What this process goes on with is whole, if it goes on.
         let closed = world.run(|control| async move { control.remove("disk").await });
         world.dump(&left);
-        let output = qemu_output("qemu-img", &["check", "-f", "qcow2", text(&left)]);
-        let status = output.status.code();
-        assert!(
-            matches!(status, Some(0 | 3)),
-            "{done:?}, {closed:?}: {}",
-            String::from_utf8_lossy(&output.stdout)
-        );
+        assert_usable(&left, &format!("{done:?}, {closed:?}"));
         let held = Held::by(&left);
         match done {
             Ok(()) => assert!(held == after, "it was done"),

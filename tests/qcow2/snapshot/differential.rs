@@ -91,13 +91,7 @@ struct Totals {
 
 #[test]
 fn snapshots_of_images_of_every_kind_hold_what_they_held_when_they_were_taken() {
-    let totals = harness::seeds::try_all(DEFAULT_SEEDS, |seed, totals: &mut Totals| {
-        let case = Case::new(seed);
-        harness::seeds::replayable(seed, &case, |case| {
-            run(case, totals);
-            Ok::<_, String>(0_u64)
-        })
-    });
+    let totals = harness::seeds::try_cases(DEFAULT_SEEDS, Case::new, run);
     if let Some(totals) = totals {
         let least = [totals.taken, totals.applied, totals.deleted, totals.refused];
         assert!(least.iter().all(|count| *count > 5), "{totals:?}");

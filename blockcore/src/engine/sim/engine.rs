@@ -633,6 +633,7 @@ impl State {
             | HostCall::DeviceDiscard(file, _, _)
             | HostCall::DeviceZero(file, _, _)
             | HostCall::Reserve(file, _, _)
+            | HostCall::DropCache(file)
             | HostCall::SetNocow(file)
             | HostCall::SetExtentSizeHint(file, _)
             | HostCall::CopyRange { to: file, .. }

@@ -499,6 +499,10 @@ impl Host {
                 }
                 Ok(HostReply::Done)
             }
+            HostCall::DropCache(file) => {
+                self.description(file)?;
+                Ok(HostReply::Done)
+            }
             HostCall::SetNocow(file) | HostCall::SetExtentSizeHint(file, _) => {
                 self.description(file)?;
                 Err(Errno::OPNOTSUPP)

@@ -107,7 +107,7 @@ const fn option(name: &'static str, kind: OptionKind, help: &'static str) -> Opt
         kind,
         // Left out; numbers are read by `Given::number`.
         default: Some(match kind {
-            OptionKind::Size => "0",
+            OptionKind::Bytes => "0",
             _ => "",
         }),
         reopen: false,
@@ -124,7 +124,7 @@ const OPTIONS: &[OptionSpec] = &[
     ),
     option(
         "inject-error.*.state",
-        OptionKind::Text,
+        OptionKind::Int,
         "only in this state; in every one by default",
     ),
     option(
@@ -134,12 +134,12 @@ const OPTIONS: &[OptionSpec] = &[
     ),
     option(
         "inject-error.*.errno",
-        OptionKind::Text,
+        OptionKind::Int,
         "number of the error; 5 (EIO) by default",
     ),
     option(
         "inject-error.*.sector",
-        OptionKind::Text,
+        OptionKind::Int,
         "only requests that touch the beginning of this sector of 512 bytes",
     ),
     option(
@@ -159,36 +159,40 @@ const OPTIONS: &[OptionSpec] = &[
     ),
     option(
         "set-state.*.state",
-        OptionKind::Text,
+        OptionKind::Int,
         "only in this state; in every one by default",
     ),
     option(
         "set-state.*.new_state",
-        OptionKind::Text,
+        OptionKind::Int,
         "state afterwards; the first one is 1",
     ),
     option(
         "align",
-        OptionKind::Size,
+        OptionKind::Bytes,
         "alignment that requests need, in bytes",
     ),
     option(
         "max-transfer",
-        OptionKind::Size,
+        OptionKind::Bytes,
         "longest transfer in bytes",
     ),
     option(
         "opt-write-zero",
-        OptionKind::Size,
+        OptionKind::Bytes,
         "unit of zeroing in bytes",
     ),
     option(
         "max-write-zero",
-        OptionKind::Size,
+        OptionKind::Bytes,
         "longest zeroing in bytes",
     ),
-    option("opt-discard", OptionKind::Size, "unit of discards in bytes"),
-    option("max-discard", OptionKind::Size, "longest discard in bytes"),
+    option(
+        "opt-discard",
+        OptionKind::Bytes,
+        "unit of discards in bytes",
+    ),
+    option("max-discard", OptionKind::Bytes, "longest discard in bytes"),
     option(
         "take-child-perms.*",
         OptionKind::Choice(PERMISSIONS),

@@ -76,7 +76,7 @@ const OPTIONS: &[OptionSpec] = &[
     },
     OptionSpec {
         name: "cbw-timeout",
-        kind: OptionKind::Size,
+        kind: OptionKind::Bytes,
         default: Some("0"),
         reopen: false,
         changes_data: false,
@@ -84,7 +84,7 @@ const OPTIONS: &[OptionSpec] = &[
     },
     OptionSpec {
         name: "min-cluster-size",
-        kind: OptionKind::Size,
+        kind: OptionKind::Bytes,
         default: Some("0"),
         reopen: false,
         changes_data: false,

@@ -327,6 +327,38 @@ fn lengths_that_cannot_be_are_refused_before_the_driver_is_asked() {
 }
 
 #[test]
+fn a_child_that_nobody_has_drained_gets_longer_and_not_shorter_by_a_request() {
+    let bench = Bench::new();
+    bench.add("driver=layer,node-name=disk,file.driver=memory,file.size=8k");
+    let below = |root: &Rc<Root>, bytes: u64| {
+        let root = Rc::clone(root);
+        bench.run(async move {
+            let request = root.enter(RequestKind::Other, 0, 0).await;
+            let (off, flags) = (Preallocation::Off, TruncateFlags::empty());
+            request
+                .io()
+                .child(0)
+                .truncate(bytes, true, off, flags)
+                .await
+        })
+    };
+    let user = bench.root("disk", writer().in_units_of(512));
+    told();
+    assert_eq!(below(&user, 4096), Err(IoError::Unsupported));
+    assert_eq!(told(), [""; 0]);
+    below(&user, 16384).unwrap();
+    bench.control.take_notices();
+    assert_eq!(user.bytes(), 16384);
+    drop(user);
+    // Whoever may change the length is waited for and waits.
+    let bench = Bench::new();
+    bench.add("driver=layer,node-name=disk,file.driver=memory,file.size=8k");
+    let resizer = bench.root("disk", resizer().in_units_of(512));
+    bench.truncate(&resizer, 4096, Preallocation::Off).unwrap();
+    assert_eq!(resizer.bytes(), 4096);
+}
+
+#[test]
 fn what_is_added_above_a_longer_backing_node_is_asked_to_be_zero() {
     let bench = Bench::new();
     bench.add("driver=memory,node-name=base,size=64k");

@@ -9,14 +9,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use blockcore::io::Io;
 
 use crate::qcow2::image::{Image, write_bytes};
+use crate::qcow2::layout::bytes::from_words;
 use crate::qcow2::layout::header::MAX_REFCOUNT_TABLE_BYTES;
-use crate::qcow2::layout::{Geometry, HostOffset, refcount, set_refcount};
+use crate::qcow2::layout::{BLOCK_OFFSET, Geometry, HostOffset, refcount, set_refcount};
 use crate::qcow2::refcount::{BlockNumber, ClusterNumber};
 use crate::qcow2::snapshot::Failure;
 use crate::qcow2::snapshot::draft::Draft;
-
-/// Where in an entry of the refcount table the block's offset is.
-const OFFSET_MASK: u64 = !0x1ff;
 
 /// A refcount table that waits for the header to name it.
 pub(super) struct NewTable {
@@ -162,7 +160,7 @@ impl Counts<'_> {
         };
         lose(old_table, old_clusters);
         let old_blocks = image.refcounts.table();
-        for block in old_blocks.iter().map(|entry| entry & OFFSET_MASK) {
+        for block in old_blocks.iter().map(|entry| entry & BLOCK_OFFSET) {
             if block != 0 {
                 lose(block >> bits, 1);
             }
@@ -193,8 +191,7 @@ impl Counts<'_> {
             }
             write_bytes(io, *place, &block).await?;
         }
-        let words: Vec<u8> = words.iter().flat_map(|word| word.to_be_bytes()).collect();
-        write_bytes(io, places.table, &words).await?;
+        write_bytes(io, places.table, &from_words(&words)).await?;
         Ok(NewTable {
             place: places.table,
             clusters: places.table_clusters,

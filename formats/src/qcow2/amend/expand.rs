@@ -62,8 +62,8 @@ pub(super) async fn expand_zeroes(image: &Image, io: Io<'_>) -> Result<(), Failu
         let clusters = g.clusters(8 * old.len() as u64);
         let old_place = HostOffset(snapshot.l1_offset);
         draft.drop_metadata(old_place, clusters).await?;
-        let words: Vec<u64> = new.iter().map(|entry| entry.0).collect();
-        let place = image.write_new(io, &mut draft, &from_words(&words)).await?;
+        let table = L1Entry::table_bytes(&new);
+        let place = image.write_new(io, &mut draft, &table).await?;
         snapshot.l1_offset = place.0;
     }
     let stays = l1 == active;

@@ -32,7 +32,7 @@ use blockcore::options::Options;
 
 pub(super) use self::spec::AMEND_OPTIONS;
 use self::spec::{Amendment, Present};
-use super::head::Switch;
+use super::head;
 use super::image::{FILE, Image};
 use super::layout::snapshot::V3_EXTRA_BYTES;
 use super::snapshot::draft::Draft;
@@ -94,19 +94,10 @@ impl Image {
             new.refcount_table_offset = table.place.0;
             new.refcount_table_clusters = table.clusters as u32;
         }
-        let switch = Switch::prepare(io, &old, &new).await?;
+        let steps = head::steps(io, &old, &new).await?;
         // All of it is there before the header names it.
         io.child(FILE).flush().await?;
-        if let Err(error) = switch.run(io).await {
-            self.gate.break_off();
-            tracing::error!(
-                "the header of '{}' could not be written ({error}); nothing more is done with the image until \
-                 it is opened again",
-                io.name()
-            );
-            return Err(error.into());
-        }
-        Ok(())
+        Ok(self.switch_header(io, &steps).await?)
     }
 
     /// Writes down of each snapshot how long its disk is, which version 3 wants.

@@ -13,6 +13,7 @@ use crate::qcow2::layout::bitmap::{Bitmap, BitmapCluster};
 use crate::qcow2::layout::bytes::{from_words, words};
 use crate::qcow2::layout::extension::{BitmapDirectory, MAX_DIRECTORY_BYTES};
 use crate::qcow2::layout::header::{Features, MAX_BITMAPS};
+use crate::qcow2::layout::room::Step;
 
 /// Clusters side by side: where, and how many.
 type Place = (HostOffset, u64);
@@ -215,16 +216,7 @@ impl Image {
                 return Err(failure);
             }
         };
-        if let Err(error) = self.do_steps(io, steps).await {
-            // Nobody knows which directory the header names.
-            self.gate.break_off();
-            tracing::error!(
-                "the header of '{}' could not be written ({error}); nothing more is done with the image until \
-                 it is opened again",
-                io.name()
-            );
-            return Err(error.into());
-        }
+        self.switch_header(io, &steps).await?;
         let before = {
             let mut header = self.header();
             match directory {
@@ -253,7 +245,7 @@ impl Image {
         io: Io<'_>,
         next: &[Entry],
         new: &mut Vec<Place>,
-    ) -> Result<(Option<BitmapDirectory>, Vec<(u64, Vec<u8>)>), Failure> {
+    ) -> Result<(Option<BitmapDirectory>, Vec<Step>), Failure> {
         let bytes = directory(next);
         if bytes.len() as u64 > MAX_DIRECTORY_BYTES || next.len() > MAX_BITMAPS as usize {
             return Err(IoError::NoSpace.into());
@@ -276,15 +268,6 @@ impl Image {
         let autoclear = self.header().features.autoclear;
         let steps = switch::steps(&cluster, autoclear, directory.as_ref());
         Ok((directory, steps.ok_or(Failure::NoRoom)?))
-    }
-
-    /// Changes the header, each step durable before the next.
-    async fn do_steps(&self, io: Io<'_>, steps: Vec<(u64, Vec<u8>)>) -> Result<(), IoError> {
-        for (offset, bytes) in steps {
-            write_bytes(io, HostOffset(offset), &bytes).await?;
-            io.child(FILE).flush().await?;
-        }
-        Ok(())
     }
 
     /// The clusters of a stored bitmap. Of one that cannot be read, what can be found: the others are

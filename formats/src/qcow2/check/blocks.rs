@@ -6,10 +6,8 @@ use blockcore::Error;
 
 use super::image::Image;
 use super::{Check, Repairs};
-use crate::qcow2::layout::{Geometry, refcount, set_refcount};
+use crate::qcow2::layout::{BLOCK_OFFSET, Geometry, refcount, set_refcount};
 
-/// Where in an entry of the refcount table the block's offset is.
-const OFFSET_MASK: u64 = !0x1ff;
 /// How much of the blocks is kept.
 const KEPT_BYTES: u64 = 8 << 20;
 
@@ -41,7 +39,7 @@ impl Blocks {
     /// Where a block is; 0 if there is none.
     pub(super) fn offset(&self, block: u64) -> u64 {
         let entry = self.table.get(block as usize);
-        entry.copied().unwrap_or(0) & OFFSET_MASK
+        entry.copied().unwrap_or(0) & BLOCK_OFFSET
     }
 
     /// Whether there is a block.
@@ -113,8 +111,8 @@ impl Check<'_, '_> {
         let geometry = self.image.geometry;
         for index in 0..self.blocks.table().len() {
             let entry = self.blocks.table()[index];
-            let offset = entry & OFFSET_MASK;
-            let wrong = if entry & !OFFSET_MASK != 0 {
+            let offset = entry & BLOCK_OFFSET;
+            let wrong = if entry & !BLOCK_OFFSET != 0 {
                 Some("has reserved bits set")
             } else if !geometry.is_aligned(offset) {
                 Some("points to no beginning of a cluster")

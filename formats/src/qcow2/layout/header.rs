@@ -527,4 +527,4 @@ fn backing_name(bytes: &[u8], offset: usize) -> Result<Option<String>, Error> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -30,6 +30,9 @@ pub(crate) struct Geometry {
     pub(crate) data_file: bool,
 }
 
+/// Where in an entry of the refcount table the block's offset is.
+pub(crate) const BLOCK_OFFSET: u64 = !0x1ff;
+
 /// Subclusters of a cluster with extended entries.
 const SUBCLUSTERS: u32 = 32;
 

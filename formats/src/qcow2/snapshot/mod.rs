@@ -364,9 +364,8 @@ impl Image {
         header.snapshots = next.snapshots.len() as u32;
         header.snapshots_offset = snapshots_place.0;
         // From the disk's length to the place of the snapshot table.
-        let fields = &header.fields()[SWITCHED];
-        let place = HostOffset(field::BYTES);
-        self.switch_header(io, place, fields).await?;
+        let fields = header.fields()[SWITCHED].to_vec();
+        self.switch_header(io, &[(field::BYTES, fields)]).await?;
         *self.header() = header;
         *self.snapshots() = Snapshots {
             list: next.snapshots,

@@ -1,23 +1,12 @@
 use super::*;
-use crate::qcow2::layout::extension::{BitmapDirectory, Extensions};
+use crate::qcow2::layout::extension::BitmapDirectory;
+use crate::qcow2::layout::header::tests::plain;
 
 fn header() -> Header {
     Header {
-        version: 3,
-        cluster_bits: 16,
-        refcount_order: 4,
         bytes: 1 << 20,
-        backing: None,
-        l1_offset: 0x3_0000,
         l1_entries: 1,
-        refcount_table_offset: 0x1_0000,
-        refcount_table_clusters: 1,
-        snapshots: 0,
-        snapshots_offset: 0,
-        features: Features::default(),
-        compression: Compression::Zlib,
-        extensions: Extensions::default(),
-        unknown: Vec::new(),
+        ..plain()
     }
 }
 

@@ -2,7 +2,8 @@ use super::*;
 use crate::qcow2::layout::extension::{BitmapDirectory, FeatureName};
 
 /// A disk of a gibibyte in clusters of 64 KiB.
-fn plain() -> Header {
+/// An image of 1 GiB with clusters of 64 KiB, and nothing special about it.
+pub(crate) fn plain() -> Header {
     Header {
         version: 3,
         cluster_bits: 16,

@@ -4,39 +4,35 @@
 //! threads reach it through a [`ControlHandle`] and wait for its answer; it asks workers by message
 //! and goes on with other things until they answer. So it always answers, and nobody waits upwards.
 
+mod exports;
+mod workers;
+
 use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::io::Write;
-use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::mpsc;
-use std::thread::JoinHandle;
-use std::time::Duration;
 
+use blockcore::Error;
 use blockcore::driver::DriverType;
 use blockcore::engine::{self, Event, WatchId};
-use blockcore::graph::{Control, ExportState, Graph, RootUser};
+use blockcore::graph::{Control, Graph};
 use blockcore::io::IoContext;
 use blockcore::mailbox::Mailbox;
 use blockcore::options::Options;
-use blockcore::{Error, ErrorKind};
 
-use crate::config::{ExportConfig, ProcessConfig};
-use crate::export::{Export, RootSide, WorkerHandle};
+use self::exports::ExportEntry;
+pub use self::exports::{ExportView, Removal};
+use self::workers::WorkerThread;
+use crate::config::{ProcessConfig, SocketAddress};
+use crate::export::Export;
 use crate::qmp::Service;
 use crate::signals::Signals;
-use crate::vhost_user::listener::{Server, Socket};
 use crate::vhost_user::session::BackendChannel;
-use crate::worker::{Command, DeviceId, HeldRequest, HoldEvent, Notice, Worker};
-
-/// How often the end of a connection thread is looked for while stopping.
-const STOP_LOOK: Duration = Duration::from_millis(2);
-
-/// What follows a socket's path in that of its export's state file.
-const STATE_SUFFIX: &str = ".state";
+use crate::worker::{HeldRequest, HoldEvent, Notice};
 
 /// Something for the control thread to do.
 type Call = Box<dyn FnOnce(&Rc<Daemon>) + Send>;
@@ -138,31 +134,6 @@ impl ControlHandle {
     }
 }
 
-struct ExportEntry {
-    export: Rc<Export>,
-    server: Server,
-    channel: Option<BackendChannel>,
-}
-
-/// Tells an export's front-end what happens to its node.
-struct ExportUser {
-    id: String,
-    handle: ControlHandle,
-}
-
-impl RootUser for ExportUser {
-    fn resized(&self, _bytes: u64) {
-        let id = self.id.clone();
-        self.handle
-            .post(Box::new(move |daemon| daemon.config_changed(&id)));
-    }
-}
-
-struct WorkerThread {
-    handle: WorkerHandle,
-    thread: JoinHandle<()>,
-}
-
 /// See the module's header.
 pub struct Daemon {
     process: ProcessConfig,
@@ -173,11 +144,31 @@ pub struct Daemon {
     /// No call is taken any more.
     ended: Arc<AtomicBool>,
     workers: RefCell<Vec<WorkerThread>>,
+    /// Workers with names, for exports that ask for them.
+    iothreads: RefCell<BTreeMap<String, WorkerThread>>,
     exports: RefCell<BTreeMap<String, ExportEntry>>,
     next_device: Cell<u32>,
     next_worker: Cell<usize>,
     quitting: Cell<bool>,
     service: OnceCell<Rc<Service>>,
+    /// Names and sockets of exports on their way.
+    reserved: RefCell<BTreeMap<String, SocketAddress>>,
+    /// The first of an export's end.
+    failure: RefCell<Option<Error>>,
+    listeners: RefCell<Vec<Listener>>,
+}
+
+/// Who is told what happens.
+type Listener = Rc<dyn Fn(&DaemonEvent<'_>)>;
+
+/// What happens in a daemon.
+pub enum DaemonEvent<'a> {
+    /// To a node.
+    Node(&'a blockcore::node::Notice),
+    /// To a request that failed.
+    Request(&'a Notice),
+    /// The last of this export is gone.
+    ExportDeleted(&'a str),
 }
 
 impl Daemon {
@@ -202,11 +193,15 @@ impl Daemon {
             notices,
             ended: Arc::default(),
             workers: RefCell::default(),
+            iothreads: RefCell::default(),
             exports: RefCell::default(),
             next_device: Cell::new(0),
             next_worker: Cell::new(0),
             quitting: Cell::new(false),
             service: OnceCell::new(),
+            reserved: RefCell::default(),
+            failure: RefCell::default(),
+            listeners: RefCell::default(),
         }))
     }
 
@@ -233,25 +228,18 @@ impl Daemon {
         &self.control
     }
 
-    /// The export called `id`.
-    pub fn export(&self, id: &str) -> Option<Rc<Export>> {
-        let exports = self.exports.borrow();
-        exports.get(id).map(|entry| Rc::clone(&entry.export))
-    }
-
-    /// How many workers there are.
-    pub fn workers(&self) -> usize {
-        self.workers.borrow().len()
-    }
-
     /// The name of the engine that is used.
     pub fn engine_name(&self) -> &'static str {
         self.control.context().engine().name()
     }
 
-    /// Runs something on the control thread before [`run`](Self::run) does.
-    pub fn block_on<T: 'static>(&self, work: impl Future<Output = T> + 'static) -> T {
-        self.control.context().block_on(work)
+    /// Does something on the control thread before [`run`](Self::run) does, and waits for it.
+    pub fn block_on<T, W>(self: &Rc<Self>, work: impl FnOnce(Rc<Self>) -> W) -> T
+    where
+        T: 'static,
+        W: Future<Output = T> + 'static,
+    {
+        self.control.context().block_on(work(Rc::clone(self)))
     }
 
     /// Opens a node, as `--blockdev` describes it.
@@ -259,90 +247,20 @@ impl Daemon {
     /// # Errors
     ///
     /// What is wrong with the description or could not be opened; nothing is left open.
-    pub fn add_node(self: &Rc<Self>, options: Options) -> Result<(), Error> {
-        let daemon = Rc::clone(self);
-        self.block_on(async move { daemon.control.add(options).await.map(drop) })
+    pub async fn add_node(&self, options: Options) -> Result<(), Error> {
+        self.control.add(options).await.map(drop)
     }
 
-    /// Starts workers for exports with up to so many queues, unless there are workers.
-    ///
-    /// # Errors
-    ///
-    /// The host's refusal of a thread or an engine.
-    pub fn start_workers(&self, queues: u16) -> Result<(), Error> {
-        let mut workers = self.workers.borrow_mut();
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let default = usize::from(queues).min(cores);
-        let wanted = self.process.workers.unwrap_or(default).max(1);
-        while workers.len() < wanted {
-            let number = workers.len();
-            workers.push(start_worker(number, &self.process)?);
-        }
-        Ok(())
+    /// Has `listener` told what happens, on the control thread, from now on.
+    pub fn listen(&self, listener: impl Fn(&DaemonEvent<'_>) + 'static) {
+        self.listeners.borrow_mut().push(Rc::new(listener));
     }
 
-    /// Offers a node to front-ends.
-    ///
-    /// # Errors
-    ///
-    /// What is wrong with the export, its node or its socket; nothing is left of it.
-    pub fn add_export(&self, mut config: ExportConfig) -> Result<(), Error> {
-        let id = config.id.clone();
-        if self.exports.borrow().contains_key(&id) {
-            return Err(Error::new(
-                ErrorKind::Exists,
-                format!("there is an export '{id}' already"),
-            ));
+    fn announce(&self, event: &DaemonEvent<'_>) {
+        let listeners = self.listeners.borrow().clone();
+        for listener in listeners {
+            listener(event);
         }
-        if let Some(other) = self.listens_at(&config.socket) {
-            return Err(Error::busy(format!(
-                "socket '{}' is in use: export '{other}' listens there",
-                config.socket.display()
-            )));
-        }
-        self.start_workers(config.queues)?;
-        let queues = usize::from(config.queues);
-        let device = DeviceId(self.next_device.replace(self.next_device.get() + 1));
-        let first = self.next_worker.replace(self.next_worker.get() + queues);
-        let workers = self.workers.borrow();
-        let workers: Vec<_> = workers.iter().map(|worker| worker.handle.clone()).collect();
-        let path = config.socket.clone();
-        let user: Rc<dyn RootUser> = Rc::new(ExportUser {
-            id: id.clone(),
-            handle: self.handle(),
-        });
-        let (control, notices) = (self.control.clone(), Arc::clone(&self.notices));
-        let discard = self.process.discard_state;
-        let export = self.block_on(async move {
-            let mut state_path = config.socket.clone().into_os_string();
-            state_path.push(STATE_SUFFIX);
-            let state =
-                ExportState::open(&control, Path::new(&state_path), &config.id, discard).await?;
-            config.node = control.recorded_node(&state, &config.node).await?;
-            let root = RootSide {
-                user: Some(user),
-                state: Some(state),
-            };
-            Export::new(config, device, &control, workers, first, root, notices).await
-        })?;
-        let server =
-            Socket::bind(&path).and_then(|socket| Server::start(socket, &id, self.handle()));
-        let server = match server {
-            Ok(server) => server,
-            Err(error) => {
-                self.block_on(async move { export.close().await })?;
-                return Err(error);
-            }
-        };
-        self.exports.borrow_mut().insert(
-            id,
-            ExportEntry {
-                export,
-                server,
-                channel: None,
-            },
-        );
-        Ok(())
     }
 
     /// Serves until a signal or [`ControlHandle::quit`], then stops in order: connections, workers,
@@ -355,28 +273,13 @@ impl Daemon {
         let engine = self.control.context().engine();
         let watches = signals.map(|signals| signals.watch(engine));
         while !self.quitting.get() {
-            self.turn(None, |daemon, watch| {
+            self.turn(|daemon, watch| {
                 if let (Some(signals), Some(watches)) = (signals, &watches) {
                     daemon.signalled(signals, watches, watch);
                 }
             });
         }
         self.stop()
-    }
-
-    /// The export that listens at a path.
-    fn listens_at(&self, path: &Path) -> Option<String> {
-        let exports = self.exports.borrow();
-        let mut exports = exports.iter();
-        let found = exports.find(|(_, entry)| entry.export.config().socket == path);
-        found.map(|(id, _)| id.clone())
-    }
-
-    fn config_changed(&self, id: &str) {
-        let exports = self.exports.borrow();
-        if let Some(channel) = exports.get(id).and_then(|entry| entry.channel.as_ref()) {
-            channel.config_changed();
-        }
     }
 
     fn signalled(&self, signals: &Signals, watches: &[WatchId; 2], watch: WatchId) {
@@ -392,7 +295,7 @@ impl Daemon {
         }
     }
 
-    fn turn(self: &Rc<Self>, limit: Option<Duration>, mut ready: impl FnMut(&Rc<Self>, WatchId)) {
+    fn turn(self: &Rc<Self>, mut ready: impl FnMut(&Rc<Self>, WatchId)) {
         let context = self.control.context();
         let (mut calls, mut events) = (Vec::new(), Vec::new());
         self.calls.take(&mut calls);
@@ -402,17 +305,21 @@ impl Daemon {
         }
         for notice in self.control.take_notices() {
             tell(&notice);
+            self.announce(&DaemonEvent::Node(&notice));
             busy = true;
         }
         let mut held = Vec::new();
         self.notices.take(&mut held);
         busy |= !held.is_empty();
-        held.iter().for_each(say);
+        for notice in &held {
+            say(notice);
+            self.announce(&DaemonEvent::Request(notice));
+        }
         busy |= context.turn(&mut events);
         if !busy && events.is_empty() {
             let (calls, notices) = (&self.calls, &self.notices);
             let control = &self.control;
-            context.sleep(&mut events, limit, || {
+            context.sleep(&mut events, None, || {
                 calls.is_empty() && notices.is_empty() && !control.has_notices()
             });
         }
@@ -429,51 +336,25 @@ impl Daemon {
     ///
     /// As [`run`](Self::run).
     pub fn stop(self: &Rc<Self>) -> Result<(), Error> {
-        for entry in self.exports.borrow().values() {
-            entry.server.stop();
+        self.quitting.set(true);
+        for view in self.exports().into_iter().filter(|view| !view.is_going) {
+            let id = &view.export.config().id;
+            let begun = self.remove_export(id, Removal::Hard);
+            begun.expect("it is there, and nobody removes it");
         }
-        let connected = |daemon: &Self| {
-            let exports = daemon.exports.borrow();
-            exports.values().any(|entry| !entry.server.is_finished())
-        };
         // Connections that end ask the control thread to stop their queues.
-        while connected(self) {
-            self.turn(Some(STOP_LOOK), |_, _| {});
+        while !self.exports.borrow().is_empty() || !self.reserved.borrow().is_empty() {
+            self.turn(|_, _| {});
         }
-        let mut outcome = Ok(());
-        for (id, entry) in self.exports.take() {
-            entry.server.join();
-            outcome = outcome.and(self.flush(&id, &entry.export));
-            let export = entry.export;
-            outcome = outcome.and(self.block_on(async move { export.close().await }));
-        }
-        for worker in self.workers.borrow().iter() {
-            worker.handle.commands.post(Command::Exit);
-        }
-        for worker in self.workers.take() {
-            let _ = worker.thread.join();
-        }
-        let control = self.control.clone();
-        outcome = outcome.and(self.block_on(async move { control.close_all().await }));
+        self.stop_workers();
+        let mut outcome = self.failure.take().map_or(Ok(()), Err);
+        let closed = self.block_on(|daemon| async move { daemon.control.close_all().await });
+        outcome = outcome.and(closed);
         self.ended.store(true, Ordering::SeqCst);
         // Orders the end before the last look; pairs with the fence in posting.
         fence(Ordering::SeqCst);
         self.handle().drop_calls();
         outcome
-    }
-
-    fn flush(&self, id: &str, export: &Rc<Export>) -> Result<(), Error> {
-        if !export.config().writable {
-            return Ok(());
-        }
-        let export = Rc::clone(export);
-        let flushed = self.block_on(async move { export.flush().await });
-        flushed.map_err(|error| {
-            Error::new(
-                ErrorKind::Io,
-                format!("what export '{id}' wrote last may not be on the disk: {error}"),
-            )
-        })
     }
 }
 
@@ -515,52 +396,4 @@ fn say(notice: &Notice) {
             "a held request was completed with its failure, as its queue was stopped"
         ),
     }
-}
-
-#[expect(clippy::disallowed_methods, reason = "workers are real threads here")]
-fn start_worker(number: usize, process: &ProcessConfig) -> Result<WorkerThread, Error> {
-    let choice = process.engine;
-    let max_poll = process.poll_max;
-    let cpu = match process.cpus.len() {
-        0 => None,
-        cpus => Some(process.cpus[number % cpus]),
-    };
-    let (made, ready) = mpsc::sync_channel(1);
-    let thread = std::thread::Builder::new()
-        .name(format!("worker {number}"))
-        .spawn(move || {
-            // The engine belongs to the thread that made it.
-            let context = pin(cpu)
-                .and_then(|()| engine::make(choice))
-                .map(IoContext::new);
-            let context = match context {
-                Ok(context) => context,
-                Err(error) => {
-                    let _ = made.send(Err(error));
-                    return;
-                }
-            };
-            let commands = Mailbox::new(Arc::clone(context.engine().sleeper()));
-            let _ = made.send(Ok(WorkerHandle {
-                commands: Arc::clone(&commands),
-                context: context.handle().clone(),
-            }));
-            Worker::new(Rc::clone(&context), commands).run(max_poll);
-            context.abandon();
-        })
-        .map_err(|error| Error::new(ErrorKind::Io, format!("cannot start a worker: {error}")))?;
-    let handle = ready
-        .recv()
-        .unwrap_or_else(|_| Err(Error::new(ErrorKind::Io, "a worker ended at its start")))?;
-    Ok(WorkerThread { handle, thread })
-}
-
-fn pin(cpu: Option<usize>) -> Result<(), Error> {
-    let Some(cpu) = cpu else {
-        return Ok(());
-    };
-    let mut set = rustix::thread::CpuSet::new();
-    set.set(cpu);
-    rustix::thread::sched_setaffinity(None, &set)
-        .map_err(|errno| Error::host(format!("cannot pin a worker to core {cpu}"), errno))
 }
