@@ -10,8 +10,10 @@ use blockcore::options::{Form, Options, parse_size};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::config::{
-    DEFAULT_POLL, ExportConfig, MAX_QUEUES, ProcessConfig, default_runtime_directory, parse_cpus,
+    DEFAULT_POLL, EXPORT_OPTIONS, ExportConfig, MAX_QUEUES, ProcessConfig,
+    default_runtime_directory, parse_cpus,
 };
+use crate::ctl::cli::CtlArgs;
 use crate::img::cli::ImgArgs;
 
 /// Serves virtual disks to virtual machines over vhost-user-blk.
@@ -30,6 +32,8 @@ pub enum Command {
     Serve(ServeArgs),
     /// Serve disks described by options, as qemu-storage-daemon does
     Daemon(DaemonArgs),
+    /// Look at and steer a running daemon
+    Ctl(CtlArgs),
     /// Make, look at, copy and change images that nobody serves, as qemu-img does
     Img(ImgArgs),
 }
@@ -283,6 +287,17 @@ pub fn node_options(text: &str, graph: &Graph) -> Result<Options, Error> {
 pub fn export_config(text: &str) -> Result<ExportConfig, Error> {
     let (options, form) = schema_options(text, "type")?;
     ExportConfig::from_options(&options, form)
+}
+
+/// Reads what `--export` takes, each value in its type.
+///
+/// # Errors
+///
+/// As [`node_options`].
+pub fn export_options(text: &str) -> Result<Options, Error> {
+    let (options, form) = schema_options(text, "type")?;
+    ExportConfig::from_options(&options, form)?;
+    options.typed(&[EXPORT_OPTIONS], form, "", "an export", &[])
 }
 
 /// Options as `key=value` or, where they begin with a brace, as JSON.

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use std::rc::Rc;
 
 use backend::cli::{Cli, Command, DaemonArgs, ServeArgs, export_config, node_options};
+use backend::ctl;
 use backend::daemon::Daemon;
 use backend::img::{self, cli::ImgArgs};
 use backend::serve::{self, Probe};
@@ -29,7 +30,7 @@ fn main() -> ExitCode {
     let matches = matches.unwrap_or_else(|error| usage(&error, &arguments));
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| usage(&error, &arguments));
     log(match cli.command {
-        Command::Img(_) => "warn",
+        Command::Img(_) | Command::Ctl(_) => "warn",
         _ => "info",
     });
     raise_descriptor_limit();
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
             let (_, given) = matches.subcommand().expect("a command was parsed");
             run_daemon(&args, given)
         }
+        Command::Ctl(args) => return ExitCode::from(ctl::run(&args, formats::drivers())),
         Command::Img(args) => return run_img(args, &arguments),
     };
     match result {
