@@ -8,11 +8,15 @@ use blockcore::engine::EngineChoice;
 use blockcore::graph::Graph;
 use blockcore::options::{Form, Options, parse_size};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde_json::Value;
 
 use crate::config::{
-    DEFAULT_POLL, ExportConfig, MAX_QUEUES, ProcessConfig, default_runtime_directory, parse_cpus,
+    DEFAULT_POLL, EXPORT_OPTIONS, ExportConfig, MAX_QUEUES, ProcessConfig,
+    default_runtime_directory, parse_cpus,
 };
+use crate::ctl::cli::CtlArgs;
 use crate::img::cli::ImgArgs;
+use crate::qmp::json::Reader;
 
 /// Serves virtual disks to virtual machines over vhost-user-blk.
 #[derive(Debug, Parser)]
@@ -30,6 +34,8 @@ pub enum Command {
     Serve(ServeArgs),
     /// Serve disks described by options, as qemu-storage-daemon does
     Daemon(DaemonArgs),
+    /// Look at and steer a running daemon
+    Ctl(CtlArgs),
     /// Make, look at, copy and change images that nobody serves, as qemu-img does
     Img(ImgArgs),
 }
@@ -211,26 +217,27 @@ pub struct DaemonArgs {
     #[expect(missing_docs, reason = "documented at its type")]
     #[command(flatten)]
     pub process: ProcessArgs,
-    /// Not in this version
-    #[arg(long, hide = true)]
+    /// Make a character device: socket,id=ID,path=PATH[,server=on[,wait=off]]; stdio,id=ID;
+    /// file,id=ID,path=PATH; null,id=ID
+    #[arg(long, value_name = "OPTIONS")]
     pub chardev: Vec<String>,
-    /// Not in this version
-    #[arg(long, hide = true)]
+    /// Answer QMP on a character device: [chardev=]ID[,pretty=on]
+    #[arg(long, value_name = "OPTIONS")]
     pub monitor: Vec<String>,
-    /// Not in this version
-    #[arg(long, hide = true)]
+    /// Make an object: [qom-type=]TYPE,id=ID,key=value,...; 'help' lists the types, 'TYPE,help' what one takes
+    #[arg(long, value_name = "OPTIONS")]
     pub object: Vec<String>,
     /// Not in this version
     #[arg(long, hide = true)]
     pub nbd_server: Vec<String>,
-    /// Not in this version
-    #[arg(long, hide = true)]
-    pub pidfile: Vec<String>,
-    /// Not in this version
-    #[arg(long, hide = true)]
+    /// Write the process's number to a file when all is started; it is locked, and removed at the end
+    #[arg(long, value_name = "PATH")]
+    pub pidfile: Option<PathBuf>,
+    /// Log more of these parts of the program: [enable=]PATTERN, such as 'backend::worker*'; 'help' lists them
+    #[arg(short = 'T', long, value_name = "PATTERN")]
     pub trace: Vec<String>,
-    /// Not in this version
-    #[arg(long, hide = true)]
+    /// Go on in the background when all is started; a failure before is told by the exit status
+    #[arg(long)]
     pub daemonize: bool,
 }
 
@@ -241,21 +248,68 @@ impl DaemonArgs {
     ///
     /// [`blockcore::ErrorKind::Unsupported`], naming the option.
     pub fn check(&self) -> Result<(), Error> {
-        let later = [
-            ("--chardev", !self.chardev.is_empty()),
-            ("--monitor", !self.monitor.is_empty()),
-            ("--object", !self.object.is_empty()),
-            ("--nbd-server", !self.nbd_server.is_empty()),
-            ("--pidfile", !self.pidfile.is_empty()),
-            ("--trace", !self.trace.is_empty()),
-            ("--daemonize", self.daemonize),
-        ];
-        match later.iter().find(|(_, given)| *given) {
-            Some((name, _)) => Err(Error::unsupported(format!(
-                "option {name} of qemu-storage-daemon is not in this version of stonework"
-            ))),
-            None => Ok(()),
+        if !self.nbd_server.is_empty() {
+            return Err(Error::unsupported(
+                "option --nbd-server of qemu-storage-daemon is not in this version of stonework",
+            ));
         }
+        Ok(())
+    }
+
+    /// What is to be logged besides what is anyway: targets, `tracing`'s word for parts of a program.
+    ///
+    /// # Errors
+    ///
+    /// What is no pattern of their names, or is not in this version.
+    pub fn traced(&self) -> Result<Vec<String>, Error> {
+        let mut targets = Vec::new();
+        for text in &self.trace {
+            let mut options = Options::parse(text, Some("enable"))?;
+            targets.extend(options.take("enable"));
+            if let Some((key, _)) = options.iter().next() {
+                return Err(Error::unsupported(format!(
+                    "option '{key}' of --trace is not in this version of stonework"
+                )));
+            }
+        }
+        targets.iter().map(|pattern| target(pattern)).collect()
+    }
+}
+
+/// The parts that `--trace` begins from.
+pub const TRACE_PARTS: [&str; 3] = ["backend", "blockcore", "formats"];
+
+/// A pattern as a target: a name, or the beginning of several names before a `*`.
+fn target(pattern: &str) -> Result<String, Error> {
+    let name = pattern.strip_suffix('*').unwrap_or(pattern);
+    let name = name.strip_suffix("::").unwrap_or(name);
+    let well_formed = |letter: char| letter.is_ascii_alphanumeric() || "_:".contains(letter);
+    if !name.chars().all(well_formed) {
+        return Err(Error::invalid(format!(
+            "--trace {pattern}: a pattern is the name of a part, or its beginning before a '*'"
+        )));
+    }
+    Ok(name.to_owned())
+}
+
+/// Reads what an option says that is either a JSON object or `key=value,...`, of which the first may be the
+/// value of `implied`.
+///
+/// # Errors
+///
+/// What is wrong with its form.
+pub fn parse_value(text: &str, implied: &str) -> Result<(Value, Form), Error> {
+    if !text.starts_with('{') {
+        let options = Options::parse(text, Some(implied))?;
+        return Ok((options.to_json(), Form::KeyValue));
+    }
+    let mut rest = text.as_bytes();
+    let mut reader = Reader::default();
+    match (reader.next(&mut rest), rest.trim_ascii()) {
+        (Some(Ok(value)), []) => Ok((value, Form::Json)),
+        (Some(Err(error)), _) => Err(Error::invalid(error)),
+        (Some(Ok(_)), _) => Err(Error::invalid("JSON parse error, expecting end of input")),
+        (None, _) => Err(Error::invalid("JSON parse error, premature EOI")),
     }
 }
 
@@ -283,6 +337,17 @@ pub fn node_options(text: &str, graph: &Graph) -> Result<Options, Error> {
 pub fn export_config(text: &str) -> Result<ExportConfig, Error> {
     let (options, form) = schema_options(text, "type")?;
     ExportConfig::from_options(&options, form)
+}
+
+/// Reads what `--export` takes, each value in its type.
+///
+/// # Errors
+///
+/// As [`node_options`].
+pub fn export_options(text: &str) -> Result<Options, Error> {
+    let (options, form) = schema_options(text, "type")?;
+    ExportConfig::from_options(&options, form)?;
+    options.typed(&[EXPORT_OPTIONS], form, "", "an export", &[])
 }
 
 /// Options as `key=value` or, where they begin with a brace, as JSON.

@@ -4,13 +4,19 @@
 //! The binary `stonework` is a thin shell around this library, so that a test can start a daemon in
 //! its own process. Start at [`daemon`] for what owns what, at [`worker`] for where requests run.
 
+pub mod background;
+pub mod chardev;
 pub mod cli;
 pub mod config;
+pub mod ctl;
 pub mod daemon;
 pub mod export;
 pub mod img;
 pub mod inherited;
+pub mod pidfile;
 pub mod polling;
+pub mod qapi;
+pub mod qmp;
 pub mod serve;
 pub mod signals;
 mod temporary;

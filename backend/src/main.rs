@@ -5,9 +5,16 @@ use std::io::Write;
 use std::process::ExitCode;
 use std::rc::Rc;
 
-use backend::cli::{Cli, Command, DaemonArgs, ServeArgs, export_config, node_options};
+use backend::background::{self, Background};
+use backend::chardev;
+use backend::cli::{
+    Cli, Command, DaemonArgs, ServeArgs, TRACE_PARTS, export_config, node_options, parse_value,
+};
+use backend::ctl;
 use backend::daemon::Daemon;
 use backend::img::{self, cli::ImgArgs};
+use backend::pidfile::Pidfile;
+use backend::qmp::objects;
 use backend::serve::{self, Probe};
 use backend::signals::Signals;
 use blockcore::Error;
@@ -28,17 +35,34 @@ fn main() -> ExitCode {
     let matches = Cli::command().try_get_matches_from(&arguments);
     let matches = matches.unwrap_or_else(|error| usage(&error, &arguments));
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| usage(&error, &arguments));
-    log(match cli.command {
-        Command::Img(_) => "warn",
+    let traced = match &cli.command {
+        Command::Daemon(args) => args.traced(),
+        _ => Ok(Vec::new()),
+    };
+    let default = match cli.command {
+        Command::Img(_) | Command::Ctl(_) => "warn",
         _ => "info",
-    });
+    };
+    log(default, traced.as_deref().unwrap_or_default());
     raise_descriptor_limit();
     let result = match cli.command {
         Command::Serve(args) => run_serve(&args),
         Command::Daemon(args) => {
             let (_, given) = matches.subcommand().expect("a command was parsed");
-            run_daemon(&args, given)
+            if print_help(&args) {
+                return ExitCode::SUCCESS;
+            }
+            let background = Background::enter();
+            if args.daemonize && background.is_none() {
+                match background::start(&arguments) {
+                    Ok(status) => return status,
+                    Err(error) => Err(error),
+                }
+            } else {
+                traced.and_then(|_| run_daemon(&args, given, background))
+            }
         }
+        Command::Ctl(args) => return ExitCode::from(ctl::run(&args, formats::drivers())),
         Command::Img(args) => return run_img(args, &arguments),
     };
     match result {
@@ -75,10 +99,40 @@ fn usage(error: &clap::Error, arguments: &[String]) -> ! {
     error.exit()
 }
 
-/// Logs to standard error; `STONEWORK_LOG` chooses what, as in `warn` or `backend::worker=debug`.
-fn log(default: &str) {
-    let filter =
+/// Prints what was asked for in place of serving anything; returns whether something was.
+fn print_help(args: &DaemonArgs) -> bool {
+    let objects = args.object.iter().filter_map(|text| match text.as_str() {
+        "help" => objects::help(None),
+        text => objects::help(Some(text.strip_suffix(",help")?)),
+    });
+    let mut traces = args
+        .trace
+        .iter()
+        .map(|text| text.trim_start_matches("enable="));
+    let traces = traces
+        .any(|text| text == "help")
+        .then(|| TRACE_PARTS.join("\n") + "\n");
+    let Some(text) = objects.chain(traces).next() else {
+        return false;
+    };
+    // Nobody may read it any more.
+    let _ = std::io::stdout().write_all(text.as_bytes());
+    true
+}
+
+/// Logs to standard error; `STONEWORK_LOG` chooses what, as in `warn` or `backend::worker=debug`. All is
+/// logged of the targets in `traced`.
+fn log(default: &str, traced: &[String]) {
+    let mut filter =
         EnvFilter::try_from_env("STONEWORK_LOG").unwrap_or_else(|_| EnvFilter::new(default));
+    for target in traced {
+        let directive = match target.as_str() {
+            "" => "trace".to_owned(),
+            target => format!("{target}=trace"),
+        };
+        // Checked when the pattern was read.
+        filter = filter.add_directive(directive.parse().expect("the name of a target"));
+    }
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
@@ -123,12 +177,25 @@ fn run_img(args: ImgArgs, arguments: &[String]) -> ExitCode {
     ExitCode::from(status)
 }
 
-fn run_daemon(args: &DaemonArgs, given: &ArgMatches) -> Result<(), Error> {
+fn run_daemon(
+    args: &DaemonArgs,
+    given: &ArgMatches,
+    background: Option<Background>,
+) -> Result<(), Error> {
     args.check()?;
     let signals = Signals::register()?;
     let daemon = Daemon::new(args.process.config(), formats::drivers())?;
-    match build_daemon(&daemon, args, given) {
-        Ok(()) => daemon.run(Some(&signals)),
+    let started = build_daemon(&daemon, args, given).and_then(|()| {
+        let pidfile = args.pidfile.as_deref().map(Pidfile::create).transpose()?;
+        background.map_or(Ok(()), Background::ready)?;
+        Ok(pidfile)
+    });
+    let outcome = match started {
+        Ok(pidfile) => {
+            let outcome = daemon.run(Some(&signals));
+            drop(pidfile);
+            outcome
+        }
         Err(error) => {
             // What was started before the mistake is stopped in order.
             if let Err(second) = daemon.stop() {
@@ -136,33 +203,54 @@ fn run_daemon(args: &DaemonArgs, given: &ArgMatches) -> Result<(), Error> {
             }
             Err(error)
         }
-    }
+    };
+    daemon.service().stop();
+    outcome
 }
 
 /// Does what the options say, in the order in which they stand.
 fn build_daemon(daemon: &Rc<Daemon>, args: &DaemonArgs, given: &ArgMatches) -> Result<(), Error> {
-    let place = |name: &str| {
-        given
-            .indices_of(name)
-            .into_iter()
-            .flatten()
-            .collect::<Vec<_>>()
-    };
-    let blockdevs = place("blockdev").into_iter().zip(&args.blockdev);
-    let exports = place("export").into_iter().zip(&args.export);
-    let mut all: Vec<_> = blockdevs
-        .map(|(place, text)| (place, true, text))
-        .chain(exports.map(|(place, text)| (place, false, text)))
-        .collect();
-    all.sort_by_key(|(place, ..)| *place);
-    for (_, is_node, text) in all {
-        if is_node {
+    type Add = fn(&Rc<Daemon>, &str) -> Result<(), Error>;
+    let kinds: [(&str, &[String], Add); 5] = [
+        ("blockdev", &args.blockdev, |daemon, text| {
             let options = daemon.control().read(|graph| node_options(text, graph))?;
-            daemon.block_on(|daemon| async move { daemon.add_node(options).await })?;
-        } else {
+            daemon.block_on(|daemon| async move { daemon.add_node(options).await })
+        }),
+        ("export", &args.export, |daemon, text| {
             let config = export_config(text)?;
-            daemon.block_on(|daemon| async move { daemon.add_export(config).await })?;
-        }
+            daemon.block_on(|daemon| async move { daemon.add_export(config).await })
+        }),
+        ("object", &args.object, |daemon, text| {
+            let (value, form) = parse_value(text, "qom-type")?;
+            let service = daemon.service();
+            let options = service.commands().parse_option(&value, form)?;
+            Ok(service.objects().add(options)?)
+        }),
+        ("chardev", &args.chardev, |daemon, text| {
+            let (id, backend) = chardev::parse_chardev(text)?;
+            daemon.service().add_chardev(&id, &backend)?.wait(&backend)
+        }),
+        ("monitor", &args.monitor, |daemon, text| {
+            let (value, form) = parse_value(text, "chardev")?;
+            let service = daemon.service();
+            let options = service.commands().parse_option(&value, form)?;
+            Ok(service.add_monitor(&options)?)
+        }),
+    ];
+    let mut all = Vec::new();
+    for (name, texts, add) in &kinds {
+        let places = given.indices_of(name).into_iter().flatten();
+        all.extend(
+            places
+                .zip(*texts)
+                .map(|(place, text)| (place, name, text, add)),
+        );
+    }
+    all.sort_by_key(|(place, ..)| *place);
+    for (_, name, text, add) in all {
+        add(daemon, text).map_err(|error| {
+            Error::new(error.kind(), format!("--{name} {text}: {}", error.report()))
+        })?;
     }
     Ok(())
 }

@@ -7,7 +7,7 @@
 mod exports;
 mod workers;
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::io::Write;
@@ -29,6 +29,7 @@ pub use self::exports::{ExportView, Removal};
 use self::workers::WorkerThread;
 use crate::config::{ProcessConfig, SocketAddress};
 use crate::export::Export;
+use crate::qmp::Service;
 use crate::signals::Signals;
 use crate::vhost_user::session::BackendChannel;
 use crate::worker::{HeldRequest, HoldEvent, Notice};
@@ -118,7 +119,8 @@ impl ControlHandle {
         self.post(Box::new(|daemon| daemon.quitting.set(true)));
     }
 
-    fn post(&self, call: Call) {
+    /// Has `call` run on the control thread, without waiting for it.
+    pub(crate) fn post(&self, call: Call) {
         self.calls.post(call);
         // Posting is ordered before this look, as the end is before the daemon's last look.
         if self.ended.load(Ordering::SeqCst) {
@@ -148,6 +150,7 @@ pub struct Daemon {
     next_device: Cell<u32>,
     next_worker: Cell<usize>,
     quitting: Cell<bool>,
+    service: OnceCell<Rc<Service>>,
     /// Names and sockets of exports on their way.
     reserved: RefCell<BTreeMap<String, SocketAddress>>,
     /// The first of an export's end.
@@ -195,6 +198,7 @@ impl Daemon {
             next_device: Cell::new(0),
             next_worker: Cell::new(0),
             quitting: Cell::new(false),
+            service: OnceCell::new(),
             reserved: RefCell::default(),
             failure: RefCell::default(),
             listeners: RefCell::default(),
@@ -207,6 +211,16 @@ impl Daemon {
             calls: Arc::clone(&self.calls),
             ended: Arc::clone(&self.ended),
         }
+    }
+
+    /// What answers monitors: made when it is asked for first.
+    pub fn service(self: &Rc<Self>) -> &Rc<Service> {
+        self.service.get_or_init(|| Service::new(self))
+    }
+
+    /// Whether it has been asked to stop: nothing new is begun.
+    pub(crate) fn is_quitting(&self) -> bool {
+        self.quitting.get()
     }
 
     /// The graph's control.

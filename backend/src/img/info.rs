@@ -222,7 +222,8 @@ fn property(name: &str, text: &str) -> Value {
     }
 }
 
-fn add_specific(info: &mut Map<String, Value>, format: &str, driver: &DriverInfo) {
+/// Adds what only one format has, under `format-specific`.
+pub(crate) fn add_specific(info: &mut Map<String, Value>, format: &str, driver: &DriverInfo) {
     // `qemu-img` has this for files, too, where it is empty.
     if driver.specific.is_empty() && !matches!(format, "file" | "host_device") {
         return;

@@ -17,12 +17,23 @@ impl Graph {
     ///
     /// [`crate::ErrorKind::Invalid`]: the first thing that is missing, unknown or of another type.
     pub fn typed_options(&self, options: &Options, form: Form) -> Result<Options, Error> {
-        let visit = Visit {
-            types: self.driver_types(),
-            form,
-        };
-        visit.node(options.clone(), "")
+        typed_options(self.driver_types(), options.clone(), form, "")
     }
+}
+
+/// As [`Graph::typed_options`], of nodes that have these drivers. `prefix` is what stands before keys in
+/// messages.
+///
+/// # Errors
+///
+/// As there.
+pub fn typed_options(
+    types: &[&'static DriverType],
+    options: Options,
+    form: Form,
+    prefix: &str,
+) -> Result<Options, Error> {
+    Visit { types, form }.node(options, prefix)
 }
 
 /// Looks at a tree.
