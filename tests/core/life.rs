@@ -238,7 +238,8 @@ impl Life {
             return format!(
                 "driver=raw,node-name=part{number},offset={},size={},{modes}",
                 offset * grain,
-                bytes.max(cells / 4).min(cells - offset) * grain,
+                // A size is in sectors, an offset need not be.
+                (bytes.max(cells / 4).min(cells - offset) * grain / 512 * 512).max(512),
             );
         };
         // A backing node has to be named in each reopening.
