@@ -115,6 +115,9 @@ pub struct ServeArgs {
     /// Where front-ends connect
     #[arg(long, value_name = "PATH")]
     pub socket: PathBuf,
+    /// Where operators connect: a QMP monitor, for 'stonework ctl' and QEMU's tools
+    #[arg(long, value_name = "PATH")]
+    pub control: Option<PathBuf>,
     /// Format of the disk; without it, a file that looks like a known format is refused
     #[arg(long)]
     pub format: Option<String>,
@@ -300,17 +303,10 @@ fn target(pattern: &str) -> Result<String, Error> {
 /// What is wrong with its form.
 pub fn parse_value(text: &str, implied: &str) -> Result<(Value, Form), Error> {
     if !text.starts_with('{') {
-        let options = Options::parse(text, Some(implied))?;
+        let options = Options::parse_schema(text, Some(implied))?;
         return Ok((options.to_json(), Form::KeyValue));
     }
-    let mut rest = text.as_bytes();
-    let mut reader = Reader::default();
-    match (reader.next(&mut rest), rest.trim_ascii()) {
-        (Some(Ok(value)), []) => Ok((value, Form::Json)),
-        (Some(Err(error)), _) => Err(Error::invalid(error)),
-        (Some(Ok(_)), _) => Err(Error::invalid("JSON parse error, expecting end of input")),
-        (None, _) => Err(Error::invalid("JSON parse error, premature EOI")),
-    }
+    Ok((parse_json(text)?, Form::Json))
 }
 
 /// Reads the value of `--blockdev`, for a graph with these drivers.
@@ -356,9 +352,18 @@ fn schema_options(text: &str, implied: &str) -> Result<(Options, Form), Error> {
         let options = Options::parse_schema(text, Some(implied))?;
         return Ok((options, Form::KeyValue));
     }
-    let json = serde_json::from_str(text);
-    let json = json.map_err(|error| Error::invalid(format!("JSON parse error, {error}")))?;
-    Ok((Options::from_schema_json(&json)?, Form::Json))
+    Ok((Options::from_schema_json(&parse_json(text)?)?, Form::Json))
+}
+
+fn parse_json(text: &str) -> Result<Value, Error> {
+    let mut rest = text.as_bytes();
+    let mut reader = Reader::default();
+    match (reader.next(&mut rest), rest.trim_ascii()) {
+        (Some(Ok(value)), []) => Ok(value),
+        (Some(Err(error)), _) => Err(Error::invalid(error)),
+        (Some(Ok(_)), _) => Err(Error::invalid("JSON parse error, expecting end of input")),
+        (None, _) => Err(Error::invalid("JSON parse error, premature EOI")),
+    }
 }
 
 #[cfg(test)]

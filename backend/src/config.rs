@@ -106,11 +106,14 @@ pub struct ExportConfig {
     pub retry_held: Option<Duration>,
 }
 
+/// Kinds of exports.
+pub const EXPORT_TYPES: &[&str] = &["vhost-user-blk"];
+
 /// The options of `--export`.
 pub const EXPORT_OPTIONS: &[OptionSpec] = &[
     option(
         "type",
-        OptionKind::Choice(&["vhost-user-blk"]),
+        OptionKind::Choice(EXPORT_TYPES),
         None,
         "kind of export",
     ),

@@ -163,7 +163,9 @@ fn run_serve(args: &ServeArgs) -> Result<(), Error> {
     let daemon = serve::build(args, formats::drivers(), &probe)?;
     // A reader that went away does not concern the guest.
     let _ = serve::announce(args, &daemon, std::io::stdout().lock());
-    daemon.run(Some(&signals))
+    let outcome = daemon.run(Some(&signals));
+    daemon.service().stop();
+    outcome
 }
 
 fn run_img(args: ImgArgs, arguments: &[String]) -> ExitCode {

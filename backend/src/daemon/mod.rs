@@ -391,6 +391,8 @@ fn say(notice: &Notice) {
             %export, %operation, no_space, error = message,
             "a request failed and is held until it is resumed"
         ),
+        // The worker has said so.
+        HoldEvent::Ignored | HoldEvent::Reported => {}
         HoldEvent::GivenUp => tracing::warn!(
             %export, %operation, no_space, error = message,
             "a held request was completed with its failure, as its queue was stopped"

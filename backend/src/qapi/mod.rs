@@ -10,6 +10,7 @@
 //! `key=value`, in which all are text that stands for its type.
 
 mod error;
+pub mod export;
 mod macros;
 pub mod node;
 mod schema;
