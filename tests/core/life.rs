@@ -360,7 +360,7 @@ impl Life {
             End::PowerCut,
             End::KillThenPowerCut,
         ][test.below(4) as usize];
-        let requests = match end {
+        let mut requests = match end {
             End::InOrder => test.case.requests,
             _ => test.below(test.case.requests as u64 + 1) as usize,
         };
@@ -371,6 +371,10 @@ impl Life {
             }
             let idle = || self.outstanding.get() == 0 || test.has_failed();
             self.until(idle)?;
+            if test.chance(400) {
+                // And nothing but that is done.
+                requests = 0;
+            }
         }
         self.operate();
         self.serve(requests)?;
