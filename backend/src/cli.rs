@@ -15,7 +15,9 @@ use crate::config::{
     default_runtime_directory, parse_cpus,
 };
 use crate::ctl::cli::CtlArgs;
+use crate::daemon::Daemon;
 use crate::img::cli::ImgArgs;
+use crate::metrics::{Metrics, MetricsAddress};
 use crate::qmp::json::Reader;
 
 /// Serves virtual disks to virtual machines over vhost-user-blk.
@@ -38,6 +40,11 @@ pub enum Command {
     Ctl(CtlArgs),
     /// Make, look at, copy and change images that nobody serves, as qemu-img does
     Img(ImgArgs),
+    /// Write the manual's pages, one for each command
+    Man {
+        /// Where to
+        directory: PathBuf,
+    },
 }
 
 /// How the process does its work.
@@ -58,6 +65,9 @@ pub struct ProcessArgs {
     /// Throw away what was recorded of the graph (SOCKET.state): serve what the arguments describe
     #[arg(long)]
     pub discard_state: bool,
+    /// Where Prometheus reads what exports do: 127.0.0.1:PORT, or the path of a Unix socket
+    #[arg(long, value_name = "ADDRESS")]
+    pub metrics: Option<MetricsAddress>,
     /// Where memory that outlives this process is kept, on a file system in memory; made if it is not
     /// there [default: $XDG_RUNTIME_DIR/stonework, or /run/stonework for root]
     #[arg(long, value_name = "DIR")]
@@ -87,6 +97,17 @@ pub enum EngineArg {
 }
 
 impl ProcessArgs {
+    /// Offers metrics, where it is asked for.
+    ///
+    /// # Errors
+    ///
+    /// As [`Metrics::start`].
+    pub fn offer_metrics(&self, daemon: &Daemon) -> Result<Option<Metrics>, Error> {
+        let address = self.metrics.as_ref();
+        let started = address.map(|address| Metrics::start(address, daemon.handle()));
+        started.transpose()
+    }
+
     /// As configuration.
     pub fn config(&self) -> ProcessConfig {
         ProcessConfig {

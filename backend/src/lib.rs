@@ -13,6 +13,7 @@ pub mod daemon;
 pub mod export;
 pub mod img;
 pub mod inherited;
+pub mod metrics;
 pub mod pidfile;
 pub mod polling;
 pub mod qapi;

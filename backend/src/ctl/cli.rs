@@ -5,6 +5,9 @@ use std::time::Duration;
 
 use blockcore::options::parse_size;
 use clap::{Args, Subcommand, ValueEnum};
+use clap_complete::engine::ArgValueCandidates;
+
+use super::complete;
 
 /// `stonework ctl`.
 #[derive(Args, Debug)]
@@ -119,6 +122,7 @@ pub enum NodeVerb {
     /// Say all that is known of one
     Show {
         /// The node
+        #[arg(add = ArgValueCandidates::new(complete::nodes))]
         node: String,
     },
     /// Open one: [driver=]DRIVER,node-name=NAME,key=value,... or JSON, as --blockdev takes it
@@ -130,11 +134,13 @@ pub enum NodeVerb {
     #[command(alias = "del")]
     Rm {
         /// The node
+        #[arg(add = ArgValueCandidates::new(complete::nodes))]
         node: String,
     },
     /// Change its length; its guests are told
     Resize {
         /// The node
+        #[arg(add = ArgValueCandidates::new(complete::nodes))]
         node: String,
         /// How long: 20G, or +5G for longer by so much; suffixes are powers of 1024
         size: NewSize,
@@ -148,16 +154,19 @@ pub enum NodeVerb {
     /// Take images back that another process had
     Activate {
         /// The node; all by default
+        #[arg(add = ArgValueCandidates::new(complete::nodes))]
         node: Option<String>,
     },
     /// Hand images over to another process: nothing is written to them any more
     Deactivate {
         /// The node; all by default
+        #[arg(add = ArgValueCandidates::new(complete::nodes))]
         node: Option<String>,
     },
     /// Have an event sent, once, when something is written past an offset
     Threshold {
         /// The node
+        #[arg(add = ArgValueCandidates::new(complete::nodes))]
         node: String,
         /// The offset in bytes; 0 for none
         #[arg(value_parser = bytes)]
@@ -180,6 +189,7 @@ pub enum ExportVerb {
     #[command(alias = "del")]
     Rm {
         /// The export
+        #[arg(add = ArgValueCandidates::new(complete::exports))]
         id: String,
         /// Also while a front-end is connected, whose connection is ended
         #[arg(long)]
@@ -188,6 +198,7 @@ pub enum ExportVerb {
     /// Try requests again that failed and are held
     Resume {
         /// The export
+        #[arg(add = ArgValueCandidates::new(complete::exports))]
         id: String,
     },
 }
@@ -207,11 +218,13 @@ pub enum ObjectVerb {
     #[command(alias = "del")]
     Rm {
         /// The object
+        #[arg(add = ArgValueCandidates::new(complete::objects))]
         id: String,
     },
     /// Read a property
     Get {
         /// The object
+        #[arg(add = ArgValueCandidates::new(complete::objects))]
         id: String,
         /// Which
         property: String,
@@ -219,6 +232,7 @@ pub enum ObjectVerb {
     /// Change a property, such as a throttle group's limits
     Set {
         /// The object
+        #[arg(add = ArgValueCandidates::new(complete::objects))]
         id: String,
         /// Which
         property: String,

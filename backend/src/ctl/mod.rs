@@ -6,6 +6,7 @@
 
 pub mod cli;
 mod client;
+mod complete;
 mod events;
 mod graph;
 mod node;
