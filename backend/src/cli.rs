@@ -68,6 +68,9 @@ pub struct ProcessArgs {
     /// Where Prometheus reads what exports do: 127.0.0.1:PORT, or the path of a Unix socket
     #[arg(long, value_name = "ADDRESS")]
     pub metrics: Option<MetricsAddress>,
+    /// Milliseconds after which a request that the host has not answered is named in the log; 0 for never
+    #[arg(long, value_name = "N", default_value_t = 10_000)]
+    pub slow_request_ms: u32,
     /// Where memory that outlives this process is kept, on a file system in memory; made if it is not
     /// there [default: $XDG_RUNTIME_DIR/stonework, or /run/stonework for root]
     #[arg(long, value_name = "DIR")]
@@ -120,6 +123,8 @@ impl ProcessArgs {
                 EngineArg::Threads => EngineChoice::Threads,
             },
             discard_state: self.discard_state,
+            slow_request: (self.slow_request_ms > 0)
+                .then(|| Duration::from_millis(u64::from(self.slow_request_ms))),
             runtime_directory: self.runtime_dir.clone().or_else(|| {
                 let session = std::env::var_os("XDG_RUNTIME_DIR");
                 default_runtime_directory(session.map(PathBuf::from))

@@ -7,7 +7,7 @@ use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::Path;
 use std::time::Duration;
 
-use harness::daemon::{Daemon, Place, run, serve, stonework};
+use harness::daemon::{Daemon, Place, eventually, run, serve, stonework};
 use harness::frontend::Frontend;
 
 use crate::{MIB, text};
@@ -158,4 +158,39 @@ fn a_shell_completes_names_that_the_daemon_has() {
     );
     daemon.stop();
     assert!(!control.exists());
+}
+
+#[test]
+fn a_request_that_takes_long_is_named_with_its_image_and_place() {
+    let place = Place::new();
+    let node =
+        "blkdebug,node-name=d,image.driver=null-co,image.size=1048576,image.latency-ns=1500000000";
+    let export = format!(
+        "vhost-user-blk,id=slow,node-name=d,addr.type=unix,addr.path={}",
+        text(&place.join("vm.sock"))
+    );
+    let daemon = Daemon::spawn(stonework([
+        "daemon",
+        "--slow-request-ms",
+        "200",
+        "--blockdev",
+        node,
+        "--export",
+        &export,
+    ]));
+    eventually("it listens", || place.join("vm.sock").exists());
+    let mut frontend = Frontend::connect(&place.join("vm.sock"));
+    let mut ring = frontend.start_queue(0, 16);
+    drop(frontend.read(&mut ring, 24, 4096));
+    drop(frontend);
+    let said = daemon.errors();
+    daemon.stop();
+    let named: Vec<_> = said
+        .lines()
+        .filter(|line| line.contains("takes long"))
+        .collect();
+    assert_eq!(named.len(), 1, "{said}");
+    for word in ["slow", "offset=12288", "bytes=4096", "Read", "in flight"] {
+        assert!(named[0].contains(word), "{word}: {said}");
+    }
 }

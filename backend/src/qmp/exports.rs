@@ -191,10 +191,7 @@ async fn query_block_requests(
         let export = &view.export;
         let id = &export.config().id;
         let node_name = service.node_of(id).unwrap_or_default();
-        let file = service.control().read(|graph| {
-            let node = graph.node(&node_name).ok()?;
-            Some(graph.described(node.id()).name())
-        });
+        let file = service.daemon()?.image_of(export);
         let of =
             |kind: String, offset, bytes, age: Duration, phase, place, error| BlockRequestInfo {
                 export: id.clone(),
