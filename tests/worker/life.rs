@@ -220,9 +220,14 @@ impl<'a> Life<'a> {
         self.notices.take(&mut notices);
         for notice in notices {
             let test = &self.test;
-            if notice.event == HoldEvent::GivenUp {
-                test.count(|totals| &mut totals.given_up);
-                continue;
+            match notice.event {
+                HoldEvent::GivenUp => {
+                    test.count(|totals| &mut totals.given_up);
+                    continue;
+                }
+                // Nobody waits for a decision.
+                HoldEvent::Ignored | HoldEvent::Reported => continue,
+                _ => {}
             }
             test.count(|totals| &mut totals.held);
             if !test.case.holds() {
