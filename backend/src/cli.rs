@@ -11,9 +11,13 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde_json::Value;
 
 use crate::config::{
-    DEFAULT_POLL, ExportConfig, MAX_QUEUES, ProcessConfig, default_runtime_directory, parse_cpus,
+    DEFAULT_POLL, EXPORT_OPTIONS, ExportConfig, MAX_QUEUES, ProcessConfig,
+    default_runtime_directory, parse_cpus,
 };
+use crate::ctl::cli::CtlArgs;
+use crate::daemon::Daemon;
 use crate::img::cli::ImgArgs;
+use crate::metrics::{Metrics, MetricsAddress};
 use crate::qmp::json::Reader;
 
 /// Serves virtual disks to virtual machines over vhost-user-blk.
@@ -32,8 +36,15 @@ pub enum Command {
     Serve(ServeArgs),
     /// Serve disks described by options, as qemu-storage-daemon does
     Daemon(DaemonArgs),
+    /// Look at and steer a running daemon
+    Ctl(CtlArgs),
     /// Make, look at, copy and change images that nobody serves, as qemu-img does
     Img(ImgArgs),
+    /// Write the manual's pages, one for each command
+    Man {
+        /// Where to
+        directory: PathBuf,
+    },
 }
 
 /// How the process does its work.
@@ -54,6 +65,12 @@ pub struct ProcessArgs {
     /// Throw away what was recorded of the graph (SOCKET.state): serve what the arguments describe
     #[arg(long)]
     pub discard_state: bool,
+    /// Where Prometheus reads what exports do: 127.0.0.1:PORT, or the path of a Unix socket
+    #[arg(long, value_name = "ADDRESS")]
+    pub metrics: Option<MetricsAddress>,
+    /// Milliseconds after which a request that the host has not answered is named in the log; 0 for never
+    #[arg(long, value_name = "N", default_value_t = 10_000)]
+    pub slow_request_ms: u32,
     /// Where memory that outlives this process is kept, on a file system in memory; made if it is not
     /// there [default: $XDG_RUNTIME_DIR/stonework, or /run/stonework for root]
     #[arg(long, value_name = "DIR")]
@@ -83,6 +100,17 @@ pub enum EngineArg {
 }
 
 impl ProcessArgs {
+    /// Offers metrics, where it is asked for.
+    ///
+    /// # Errors
+    ///
+    /// As [`Metrics::start`].
+    pub fn offer_metrics(&self, daemon: &Daemon) -> Result<Option<Metrics>, Error> {
+        let address = self.metrics.as_ref();
+        let started = address.map(|address| Metrics::start(address, daemon.handle()));
+        started.transpose()
+    }
+
     /// As configuration.
     pub fn config(&self) -> ProcessConfig {
         ProcessConfig {
@@ -95,6 +123,8 @@ impl ProcessArgs {
                 EngineArg::Threads => EngineChoice::Threads,
             },
             discard_state: self.discard_state,
+            slow_request: (self.slow_request_ms > 0)
+                .then(|| Duration::from_millis(u64::from(self.slow_request_ms))),
             runtime_directory: self.runtime_dir.clone().or_else(|| {
                 let session = std::env::var_os("XDG_RUNTIME_DIR");
                 default_runtime_directory(session.map(PathBuf::from))
@@ -111,6 +141,9 @@ pub struct ServeArgs {
     /// Where front-ends connect
     #[arg(long, value_name = "PATH")]
     pub socket: PathBuf,
+    /// Where operators connect: a QMP monitor, for 'stonework ctl' and QEMU's tools
+    #[arg(long, value_name = "PATH")]
+    pub control: Option<PathBuf>,
     /// Format of the disk; without it, a file that looks like a known format is refused
     #[arg(long)]
     pub format: Option<String>,
@@ -296,17 +329,10 @@ fn target(pattern: &str) -> Result<String, Error> {
 /// What is wrong with its form.
 pub fn parse_value(text: &str, implied: &str) -> Result<(Value, Form), Error> {
     if !text.starts_with('{') {
-        let options = Options::parse(text, Some(implied))?;
+        let options = Options::parse_schema(text, Some(implied))?;
         return Ok((options.to_json(), Form::KeyValue));
     }
-    let mut rest = text.as_bytes();
-    let mut reader = Reader::default();
-    match (reader.next(&mut rest), rest.trim_ascii()) {
-        (Some(Ok(value)), []) => Ok((value, Form::Json)),
-        (Some(Err(error)), _) => Err(Error::invalid(error)),
-        (Some(Ok(_)), _) => Err(Error::invalid("JSON parse error, expecting end of input")),
-        (None, _) => Err(Error::invalid("JSON parse error, premature EOI")),
-    }
+    Ok((parse_json(text)?, Form::Json))
 }
 
 /// Reads the value of `--blockdev`, for a graph with these drivers.
@@ -335,15 +361,35 @@ pub fn export_config(text: &str) -> Result<ExportConfig, Error> {
     ExportConfig::from_options(&options, form)
 }
 
+/// Reads what `--export` takes, each value in its type.
+///
+/// # Errors
+///
+/// As [`node_options`].
+pub fn export_options(text: &str) -> Result<Options, Error> {
+    let (options, form) = schema_options(text, "type")?;
+    ExportConfig::from_options(&options, form)?;
+    options.typed(&[EXPORT_OPTIONS], form, "", "an export", &[])
+}
+
 /// Options as `key=value` or, where they begin with a brace, as JSON.
 fn schema_options(text: &str, implied: &str) -> Result<(Options, Form), Error> {
     if !text.starts_with('{') {
         let options = Options::parse_schema(text, Some(implied))?;
         return Ok((options, Form::KeyValue));
     }
-    let json = serde_json::from_str(text);
-    let json = json.map_err(|error| Error::invalid(format!("JSON parse error, {error}")))?;
-    Ok((Options::from_schema_json(&json)?, Form::Json))
+    Ok((Options::from_schema_json(&parse_json(text)?)?, Form::Json))
+}
+
+fn parse_json(text: &str) -> Result<Value, Error> {
+    let mut rest = text.as_bytes();
+    let mut reader = Reader::default();
+    match (reader.next(&mut rest), rest.trim_ascii()) {
+        (Some(Ok(value)), []) => Ok(value),
+        (Some(Err(error)), _) => Err(Error::invalid(error)),
+        (Some(Ok(_)), _) => Err(Error::invalid("JSON parse error, expecting end of input")),
+        (None, _) => Err(Error::invalid("JSON parse error, premature EOI")),
+    }
 }
 
 #[cfg(test)]

@@ -23,6 +23,8 @@ pub struct ProcessConfig {
     /// What earlier lives recorded of their exports is thrown away: they serve what the arguments
     /// describe.
     pub discard_state: bool,
+    /// After what time requests that are under way are named in the log; `None` for never.
+    pub slow_request: Option<Duration>,
     /// Where memory that is to outlive the process is kept; `None`: nowhere.
     pub runtime_directory: Option<PathBuf>,
 }
@@ -35,6 +37,7 @@ impl Default for ProcessConfig {
             poll_max: DEFAULT_POLL,
             engine: EngineChoice::Auto,
             discard_state: false,
+            slow_request: None,
             runtime_directory: None,
         }
     }
@@ -106,11 +109,14 @@ pub struct ExportConfig {
     pub retry_held: Option<Duration>,
 }
 
+/// Kinds of exports.
+pub const EXPORT_TYPES: &[&str] = &["vhost-user-blk"];
+
 /// The options of `--export`.
 pub const EXPORT_OPTIONS: &[OptionSpec] = &[
     option(
         "type",
-        OptionKind::Choice(&["vhost-user-blk"]),
+        OptionKind::Choice(EXPORT_TYPES),
         None,
         "kind of export",
     ),

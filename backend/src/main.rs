@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 use std::rc::Rc;
 
@@ -10,6 +11,7 @@ use backend::chardev;
 use backend::cli::{
     Cli, Command, DaemonArgs, ServeArgs, TRACE_PARTS, export_config, node_options, parse_value,
 };
+use backend::ctl;
 use backend::daemon::Daemon;
 use backend::img::{self, cli::ImgArgs};
 use backend::pidfile::Pidfile;
@@ -18,6 +20,7 @@ use backend::serve::{self, Probe};
 use backend::signals::Signals;
 use blockcore::Error;
 use clap::{ArgMatches, CommandFactory, FromArgMatches};
+use sd_notify::NotifyState;
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
@@ -27,6 +30,8 @@ fn main() -> ExitCode {
         report(panic);
         std::process::abort();
     }));
+    // Asked by a shell for what could be typed next, it answers and ends.
+    clap_complete::CompleteEnv::with_factory(Cli::command).complete();
     let arguments = match arguments() {
         Ok(arguments) => arguments,
         Err(status) => return status,
@@ -39,7 +44,7 @@ fn main() -> ExitCode {
         _ => Ok(Vec::new()),
     };
     let default = match cli.command {
-        Command::Img(_) => "warn",
+        Command::Img(_) | Command::Ctl(_) => "warn",
         _ => "info",
     };
     log(default, traced.as_deref().unwrap_or_default());
@@ -61,7 +66,9 @@ fn main() -> ExitCode {
                 traced.and_then(|_| run_daemon(&args, given, background))
             }
         }
+        Command::Ctl(args) => return ExitCode::from(ctl::run(&args, formats::drivers())),
         Command::Img(args) => return run_img(args, &arguments),
+        Command::Man { directory } => write_manual(&directory),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -159,9 +166,35 @@ fn run_serve(args: &ServeArgs) -> Result<(), Error> {
         seems: formats::probe::seems,
     };
     let daemon = serve::build(args, formats::drivers(), &probe)?;
+    let _metrics = args.process.offer_metrics(&daemon)?;
     // A reader that went away does not concern the guest.
     let _ = serve::announce(args, &daemon, std::io::stdout().lock());
-    daemon.run(Some(&signals))
+    let outcome = run_ready(&daemon, &signals);
+    daemon.service().stop();
+    outcome
+}
+
+/// Serves until it is told to stop, and tells a service manager that asked (`NOTIFY_SOCKET`) what it does.
+fn run_ready(daemon: &Rc<Daemon>, signals: &Signals) -> Result<(), Error> {
+    notify(NotifyState::Ready);
+    let outcome = daemon.run(Some(signals));
+    notify(NotifyState::Stopping);
+    outcome
+}
+
+fn notify(state: NotifyState<'_>) {
+    if let Err(error) = sd_notify::notify(&[state]) {
+        tracing::warn!(%error, "the service manager cannot be told");
+    }
+}
+
+/// Writes the manual's pages, from the same definitions as `--help`.
+fn write_manual(directory: &Path) -> Result<(), Error> {
+    let written = clap_mangen::generate_to(Cli::command(), directory);
+    written.map_err(|error| {
+        let text = format!("cannot write pages to '{}': {error}", directory.display());
+        Error::new(blockcore::ErrorKind::Io, text)
+    })
 }
 
 fn run_img(args: ImgArgs, arguments: &[String]) -> ExitCode {
@@ -184,14 +217,15 @@ fn run_daemon(
     let signals = Signals::register()?;
     let daemon = Daemon::new(args.process.config(), formats::drivers())?;
     let started = build_daemon(&daemon, args, given).and_then(|()| {
+        let metrics = args.process.offer_metrics(&daemon)?;
         let pidfile = args.pidfile.as_deref().map(Pidfile::create).transpose()?;
         background.map_or(Ok(()), Background::ready)?;
-        Ok(pidfile)
+        Ok((pidfile, metrics))
     });
     let outcome = match started {
-        Ok(pidfile) => {
-            let outcome = daemon.run(Some(&signals));
-            drop(pidfile);
+        Ok(held) => {
+            let outcome = run_ready(&daemon, &signals);
+            drop(held);
             outcome
         }
         Err(error) => {

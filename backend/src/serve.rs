@@ -12,15 +12,19 @@ use blockcore::io::policy::{ErrorPolicy, OnError};
 use blockcore::options::Options;
 use blockcore::{Error, ErrorKind};
 
+use crate::chardev;
 use crate::cli::ServeArgs;
 use crate::config::{ExportConfig, SocketAddress};
 use crate::daemon::Daemon;
+use crate::qmp::MonitorOptions;
 use crate::temporary;
 
 /// What a disk is where nothing is said.
 const RAW: &str = "raw";
 /// The node's and the export's name.
 const NAME: &str = "disk";
+/// The name of the monitor's character device.
+const CONTROL: &str = "control";
 /// The name of the disk's own node, where a temporary one is above it.
 const BASE: &str = "disk-base";
 /// After what time writes that the host had no space for are tried again: soon enough for who has just
@@ -99,7 +103,26 @@ pub fn build(
         retry_held: Some(RETRY),
     };
     daemon.block_on(|daemon| async move { daemon.add_export(export).await })?;
+    if let Some(path) = &args.control {
+        add_monitor(&daemon, path)?;
+    }
     Ok(daemon)
+}
+
+/// Where operators connect.
+fn add_monitor(daemon: &Rc<Daemon>, path: &Path) -> Result<(), Error> {
+    let path = text(path)?.replace(',', ",,");
+    let socket = format!("socket,id={CONTROL},path={path},server=on,wait=off");
+    let (id, backend) = chardev::parse_chardev(&socket)?;
+    let service = daemon.service();
+    service.add_chardev(&id, &backend)?;
+    let monitor = MonitorOptions {
+        id: None,
+        mode: None,
+        pretty: None,
+        chardev: id,
+    };
+    Ok(service.add_monitor(&monitor)?)
 }
 
 /// The format that is served.

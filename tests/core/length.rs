@@ -41,6 +41,8 @@ pub(crate) struct Changing {
     bytes: u64,
     /// The number of the change.
     number: u32,
+    /// [`Length::lost_syncs`] as they were before.
+    lost_before: u64,
     cut: Write,
 }
 
@@ -121,7 +123,7 @@ impl Test {
         length.begun.set(length.begun.get() + 1);
         length.flushed.set(false);
         let lost_syncs = self.simulation.lost_syncs(&self.disks[disk].path);
-        length.lost_syncs.set(lost_syncs);
+        let lost_before = length.lost_syncs.replace(lost_syncs);
         let cut = self
             .history(disk)
             .begin_write(0, bytes, length.most - bytes);
@@ -129,6 +131,7 @@ impl Test {
             disk,
             bytes,
             number: length.begun.get(),
+            lost_before,
             cut,
         }
     }
@@ -142,6 +145,10 @@ impl Test {
             Changed::Refused => history.refuse_write(change.cut),
         }
         drop(history);
+        if !matches!(changed, Changed::Done) {
+            // The length is as before, and as little sure.
+            length.lost_syncs.set(change.lost_before);
+        }
         length.cuts.set(length.cuts.get() + 1);
         // Of two at once either may be the last.
         let alone = length.changing.get() == 1 && length.begun.get() == change.number;

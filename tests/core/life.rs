@@ -238,7 +238,8 @@ impl Life {
             return format!(
                 "driver=raw,node-name=part{number},offset={},size={},{modes}",
                 offset * grain,
-                bytes.max(cells / 4).min(cells - offset) * grain,
+                // A size is in sectors, an offset need not be.
+                (bytes.max(cells / 4).min(cells - offset) * grain / 512 * 512).max(512),
             );
         };
         // A backing node has to be named in each reopening.
@@ -359,7 +360,7 @@ impl Life {
             End::PowerCut,
             End::KillThenPowerCut,
         ][test.below(4) as usize];
-        let requests = match end {
+        let mut requests = match end {
             End::InOrder => test.case.requests,
             _ => test.below(test.case.requests as u64 + 1) as usize,
         };
@@ -370,6 +371,10 @@ impl Life {
             }
             let idle = || self.outstanding.get() == 0 || test.has_failed();
             self.until(idle)?;
+            if test.chance(400) {
+                // And nothing but that is done.
+                requests = 0;
+            }
         }
         self.operate();
         self.serve(requests)?;

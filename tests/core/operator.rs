@@ -73,7 +73,8 @@ impl Life {
     }
 
     async fn work(self: &Rc<Self>) -> Result<(), String> {
-        match self.test.below(150) {
+        match self.test.below(155) {
+            150..155 => self.look_back().await,
             120..130 => self.work_on_marks().await,
             130..135 => {
                 let disk = self.any_disk();

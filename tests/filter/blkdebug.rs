@@ -4,6 +4,7 @@ use std::cell::Cell;
 use std::rc::Rc;
 
 use blockcore::driver::WriteFlags;
+use blockcore::engine::sim::FileProperties;
 use blockcore::graph::RootSpec;
 use blockcore::graph::permission::Permissions;
 use blockcore::{ErrorKind, IoError};
@@ -110,6 +111,54 @@ fn options_that_make_no_sense_are_refused() {
         let refused = machine.try_add(&all).unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::Invalid, "{options}: {refused}");
     }
+}
+
+#[test]
+fn rules_in_a_file_are_those_of_the_options_and_come_before_them() {
+    let machine = Machine::new(1);
+    let rules = "# as above\n[inject-error]\nevent = \"pwritev\"\nerrno = \"28\"\nonce = \"on\"\n\n\
+                 [inject-error \"flush\"]\nevent = \"flush_to_os\"\niotype = \"flush\"\n\n\
+                 [set-state]\nevent = \"flush_to_os\"\nnew_state = \"2\"\n";
+    let load = |path: &str, text: &str| {
+        let properties = FileProperties::default();
+        machine
+            .simulation
+            .load_file(path, properties, text.as_bytes());
+    };
+    load("/rules", rules);
+    let try_add = |rules: &str, more: &str| {
+        let text = format!("driver=blkdebug,node-name=d,image.driver=null-co,config={rules}{more}");
+        machine.try_add(&text)
+    };
+    // The last one that meets a request counts: the option's is after the file's.
+    let more = ",inject-error.0.event=flush_to_os,inject-error.0.errno=28,inject-error.0.state=2";
+    try_add("/rules", more).unwrap();
+    let root = machine.root("d");
+    assert_eq!(machine.write(&root, 0, &[1; 512]), Err(IoError::NoSpace));
+    machine.write(&root, 0, &[1; 512]).unwrap();
+    assert_eq!(machine.flush(&root), Err(IoError::Failed));
+    machine.write(&root, 0, &[1; 512]).unwrap();
+    assert_eq!(machine.flush(&root), Err(IoError::NoSpace));
+    machine.remove_root(root);
+    // It is flushed before, which fails again.
+    assert_eq!(machine.remove("d").unwrap_err().kind(), ErrorKind::Io);
+
+    load("/long", &"#".repeat((64 << 10) + 1));
+    load("/short", &"#".repeat(64 << 10));
+    load("/unknown", "[inject-error]\nevent = \"teatime\"\n");
+    load(
+        "/colour",
+        "[inject-error]\nevent = \"pwritev\"\ncolour = \"red\"\n",
+    );
+    load("/missing", "[inject-error]\nerrno = \"5\"\n");
+    load("/nonsense", "[inject-error]\nevent = pwritev\n");
+    for rules in ["/long", "/unknown", "/colour", "/missing", "/nonsense"] {
+        let refused = try_add(rules, "").unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Invalid, "{rules}: {refused}");
+    }
+    let refused = try_add("/nowhere", "").unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::NotFound, "{refused}");
+    try_add("/short", "").unwrap();
 }
 
 #[test]

@@ -1,14 +1,16 @@
 //! Driver `pass-through`: a filter that does nothing, and notices when it is asked at the wrong time.
 //!
 //! It is asked with a node that was closed, or by a half that a reopen replaced; it is reopened a second
-//! time without being told how the first ended. All of that is a mistake of the core's, kept for
-//! [`take_misuse`].
+//! time without being told how the first ended; the last memory that was announced to it on a worker is
+//! withdrawn under a request there, or memory that was not announced is. All of that is a mistake of the
+//! core's, kept for [`take_misuse`].
 //!
 //! Threads: whatever is noticed is for the test on the same thread; simulations have one.
 
-use std::cell::RefCell;
-use std::sync::Arc;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use std::rc::Rc;
 
@@ -17,7 +19,7 @@ use blockcore::driver::{
     Driver, DriverIo, DriverType, Mapping, OpenRequest, Opened, ReopenRequest, Reopened, WriteFlags,
 };
 use blockcore::io::buffer::Segments;
-use blockcore::io::{Io, IoFuture, Root};
+use blockcore::io::{Io, IoContext, IoFuture, MemoryRange, Root};
 use blockcore::options::{OptionKind, OptionSpec, Options};
 use futures_util::FutureExt;
 use futures_util::future::LocalBoxFuture;
@@ -52,6 +54,7 @@ const OPTIONS: &[OptionSpec] = &[
 
 thread_local! {
     static MISUSE: RefCell<Option<String>> = const { RefCell::new(None) };
+    static ANNOUNCED: Cell<u64> = const { Cell::new(0) };
 }
 
 /// The first mistake that a filter of this thread has noticed since the last call.
@@ -76,12 +79,33 @@ struct PassIo {
     ask: bool,
     /// No request comes here any more.
     gone: AtomicBool,
+    /// By worker: the address of its context.
+    workers: Mutex<BTreeMap<usize, OnWorker>>,
+}
+
+/// What happens on one worker.
+#[derive(Default)]
+struct OnWorker {
+    announced: Vec<MemoryRange>,
+    in_flight: usize,
+}
+
+/// A request in flight.
+struct Busy<'a> {
+    half: &'a PassIo,
+    worker: usize,
+}
+
+impl Drop for Busy<'_> {
+    fn drop(&mut self) {
+        self.half.on(self.worker, |on| on.in_flight -= 1);
+    }
 }
 
 fn half(options: &Options) -> Arc<PassIo> {
     Arc::new(PassIo {
         ask: options.bool(OPTIONS, "ask"),
-        gone: AtomicBool::new(false),
+        ..PassIo::default()
     })
 }
 
@@ -134,7 +158,23 @@ impl Driver for PassDriver {
     }
 }
 
+/// How often memory was announced to a filter of this thread, since the last call.
+pub fn take_announced() -> u64 {
+    ANNOUNCED.take()
+}
+
 impl PassIo {
+    fn on<T>(&self, worker: usize, look: impl FnOnce(&mut OnWorker) -> T) -> T {
+        let mut workers = self.workers.lock().expect("no panic while looking");
+        look(workers.entry(worker).or_default())
+    }
+
+    fn begin(&self, io: Io<'_>) -> Busy<'_> {
+        let worker = std::ptr::from_ref(io.context()) as usize;
+        self.on(worker, |on| on.in_flight += 1);
+        Busy { half: self, worker }
+    }
+
     fn look(&self, when: &str) {
         if self.gone.load(Ordering::Relaxed) {
             misused(&format!(
@@ -157,8 +197,29 @@ impl DriverIo for PassIo {
         WriteFlags::STABLE | WriteFlags::UNCHANGED
     }
 
+    fn memory_announced(&self, context: &IoContext, memory: MemoryRange) {
+        let worker = std::ptr::from_ref(context) as usize;
+        self.on(worker, |on| on.announced.push(memory));
+        ANNOUNCED.set(ANNOUNCED.get() + 1);
+    }
+
+    fn memory_withdrawn(&self, context: &IoContext, memory: MemoryRange) {
+        let worker = std::ptr::from_ref(context) as usize;
+        self.on(worker, |on| {
+            let place = on.announced.iter().position(|known| *known == memory);
+            match place {
+                Some(place) => drop(on.announced.swap_remove(place)),
+                None => misused("memory is withdrawn that was not announced"),
+            }
+            if on.announced.is_empty() && on.in_flight > 0 {
+                misused("memory is withdrawn under a request");
+            }
+        });
+    }
+
     fn read<'a>(&'a self, io: Io<'a>, offset: u64, into: Segments) -> IoFuture<'a> {
         async move {
+            let _busy = self.begin(io);
             self.look("begins");
             let result = io.child(0).read(offset, into).await;
             self.look("ends");
@@ -175,6 +236,7 @@ impl DriverIo for PassIo {
         flags: WriteFlags,
     ) -> IoFuture<'a> {
         async move {
+            let _busy = self.begin(io);
             self.look("begins");
             let result = io.child(0).write(offset, from, flags).await;
             self.look("ends");

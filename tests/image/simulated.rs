@@ -178,6 +178,43 @@ fn a_reopen_that_fails_anywhere_leaves_a_disk_that_works_and_keeps_others_out() 
     assert!(failed > 100 && done > 300, "{failed} failed, {done} done");
 }
 
+/// What a guest would have seen: data that it had flushed, well, is not there after a power cut.
+#[test]
+fn a_reopen_that_finds_out_that_data_is_lost_is_refused_and_one_that_knows_is_a_new_beginning() {
+    let world = World::new(1);
+    world
+        .simulation
+        .create_file(PATH, FileProperties::default(), BYTES);
+    let node = format!("file,node-name=disk,filename={PATH}");
+    world.add(&node).expect("nothing fails yet");
+    let writer = RootSpec::writer("a guest").in_units_of(512);
+    let writer = world.use_it("disk", writer).expect("nobody else does");
+    world
+        .write(writer, 0, &[1; 4096])
+        .expect("nothing fails yet");
+    world.simulation.set_faults(Faults {
+        sync_error_permille: 1000,
+        ..Faults::default()
+    });
+    let reopened = world.reopen(&format!("{node},cache.direct=on"));
+    assert_eq!(reopened.expect_err("a flush fails").kind(), ErrorKind::Io);
+    world.fail(0);
+    let flush = || {
+        world.run(move |control| async move {
+            let root = control.root_here(writer).expect("it is there");
+            root.flush().await
+        })
+    };
+    assert_eq!(
+        flush(),
+        Err(IoError::FlushLost),
+        "and nobody says it is well"
+    );
+    let reopened = world.reopen(&format!("{node},cache.direct=on"));
+    reopened.expect("the operator has been told");
+    assert_eq!(flush(), Ok(()));
+}
+
 fn modes(node: &str, random: &mut Random) -> String {
     let mut on_off = || if random.chance(500) { "on" } else { "off" };
     format!(

@@ -8,6 +8,13 @@ use serde_json::{Value, json};
 
 use crate::client::{Served, Which};
 
+/// Commands that `qemu-storage-daemon` does not have. There are no such events: clients break on those.
+const OURS: [&str; 3] = [
+    "block-export-resume",
+    "block-latency-histogram-set",
+    "query-block-requests",
+];
+
 const TABLE: &str = include_str!("../commands.md");
 
 /// Each name with what shows it, or `absent` with a reason.
@@ -58,8 +65,9 @@ fn every_command_and_event_of_qemus_is_here_with_a_test_or_absent() {
             let is_absent = shown.starts_with("absent: ");
             assert_eq!(ours.contains(name), !is_absent, "{name}: {shown}");
         }
-        // What is ours alone would break clients that know QEMU's only.
-        assert!(ours.is_subset(&qemus), "{:?}", ours.difference(&qemus));
+        let own: BTreeSet<_> = ours.difference(&qemus).copied().collect();
+        let named = OURS.into_iter().filter(|_| meta == "command").collect();
+        assert_eq!(own, named, "{meta}");
     }
     for (name, shown) in rows {
         for test in shown
@@ -118,7 +126,10 @@ fn the_schema_has_of_each_command_and_event_what_qemus_has() {
     let mut compared = 0;
     for entry in ours.values().copied().filter(interesting) {
         let name = entry["name"].as_str().unwrap();
-        let theirs = qemus[name];
+        let Some(theirs) = qemus.get(name) else {
+            assert!(OURS.contains(&name), "{name}");
+            continue;
+        };
         assert_eq!(
             entry.get("features"),
             theirs

@@ -8,6 +8,7 @@ mod daemon;
 mod image;
 mod lock;
 mod process;
+mod service;
 mod socket;
 mod temporary;
 mod usage;

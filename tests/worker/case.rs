@@ -117,13 +117,16 @@ impl Case {
         };
         let text = format!(
             "driver=raw,node-name=disk,offset={},size={},discard={},cache.direct={},\
-             cache.no-flush={},read-only={},file.driver={driver},file.filename={PATH}",
+             cache.no-flush={},read-only={},file.driver=pass-through,file.ask={},\
+             file.file.driver={driver},file.file.filename={PATH}",
             self.raw_offset,
             self.bytes,
             if self.unmap { "unmap" } else { "ignore" },
             on(self.direct),
             on(self.no_flush),
             on(read_only),
+            // Half of the cases have a node that sees each request; in the others it must not matter.
+            on(self.seed.is_multiple_of(2)),
         );
         Options::parse(&text, None).expect("well-formed")
     }

@@ -14,6 +14,7 @@ use blockcore::graph::{Control, Graph};
 use blockcore::io::IoContext;
 use blockcore::mailbox::Mailbox;
 use harness::history::Flushed;
+use harness::pass::{self, PASS_THROUGH};
 
 use crate::guest::{Driver, Guest};
 use crate::server::{self, Handle};
@@ -56,7 +57,11 @@ impl<'a> Life<'a> {
         test.seen.take();
         let office = simulation.worker();
         let context = Rc::clone(office.context());
-        let control = Control::new(Graph::new(formats::drivers()), context);
+        // What a kill leaves half done is nobody's mistake.
+        pass::take_misuse();
+        let mut drivers = formats::drivers();
+        drivers.push(&PASS_THROUGH);
+        let control = Control::new(Graph::new(drivers), context);
         test.open(simulation, &office, &control)?;
         // What the life before had under way is over, some of it unheard of.
         let lost = test.flushes_can_be_lost();
@@ -186,9 +191,10 @@ impl<'a> Life<'a> {
             self.listen();
             failed() || until()
         });
-        if let Some(why) = self.test.failure.take() {
+        if let Some(why) = self.test.failure.take().or_else(pass::take_misuse) {
             return Err(why);
         }
+        self.test.count_announced();
         run.map_err(|stuck| {
             let tasks = self.test.tasks.get();
             let disks = self.workers.iter().map(|worker| {
@@ -214,9 +220,14 @@ impl<'a> Life<'a> {
         self.notices.take(&mut notices);
         for notice in notices {
             let test = &self.test;
-            if notice.event == HoldEvent::GivenUp {
-                test.count(|totals| &mut totals.given_up);
-                continue;
+            match notice.event {
+                HoldEvent::GivenUp => {
+                    test.count(|totals| &mut totals.given_up);
+                    continue;
+                }
+                // Nobody waits for a decision.
+                HoldEvent::Ignored | HoldEvent::Reported => continue,
+                _ => {}
             }
             test.count(|totals| &mut totals.held);
             if !test.case.holds() {

@@ -70,6 +70,7 @@ struct Totals {
     resumes: u64,
     kills: u64,
     power_cuts: u64,
+    announced: u64,
 }
 
 impl Totals {
@@ -81,6 +82,7 @@ impl Totals {
         assert!(self.held > 500 && self.resumes > 200, "{self:?}");
         assert!(self.given_up > 20 && self.drains > 100, "{self:?}");
         assert!(self.kills > 100 && self.power_cuts > 200, "{self:?}");
+        assert!(self.announced > 1_000, "{self:?}");
     }
 
     fn add(&mut self, other: &Self) {
@@ -97,6 +99,7 @@ impl Totals {
         self.resumes += other.resumes;
         self.kills += other.kills;
         self.power_cuts += other.power_cuts;
+        self.announced += other.announced;
     }
 }
 
@@ -174,6 +177,11 @@ impl Test {
 
     fn chance(&self, permille: u32) -> bool {
         self.random.borrow_mut().chance(permille)
+    }
+
+    /// Adds what drivers were told of memory.
+    fn count_announced(&self) {
+        self.totals.borrow_mut().announced += harness::pass::take_announced();
     }
 
     fn fail(&self, why: String) {

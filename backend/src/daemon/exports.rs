@@ -223,6 +223,13 @@ impl Daemon {
         views.collect()
     }
 
+    /// The name of the image that an export's guest reads and writes, as it is now.
+    pub(crate) fn image_of(&self, export: &Export) -> Option<String> {
+        let node = self.control.node_of(export.root())?;
+        self.control
+            .read(|graph| Some(graph.described(node).name()))
+    }
+
     pub(super) fn config_changed(&self, id: &str) {
         let exports = self.exports.borrow();
         if let Some(channel) = exports.get(id).and_then(|entry| entry.channel.as_ref()) {

@@ -5,6 +5,7 @@
 //! and goes on with other things until they answer. So it always answers, and nobody waits upwards.
 
 mod exports;
+mod slow;
 mod workers;
 
 use std::cell::{Cell, OnceCell, RefCell};
@@ -272,6 +273,10 @@ impl Daemon {
     pub fn run(self: &Rc<Self>, signals: Option<&Signals>) -> Result<(), Error> {
         let engine = self.control.context().engine();
         let watches = signals.map(|signals| signals.watch(engine));
+        if let Some(limit) = self.process.slow_request {
+            let watching = slow::watch(Rc::downgrade(self), limit);
+            self.control.context().spawn(watching);
+        }
         while !self.quitting.get() {
             self.turn(|daemon, watch| {
                 if let (Some(signals), Some(watches)) = (signals, &watches) {
@@ -391,6 +396,8 @@ fn say(notice: &Notice) {
             %export, %operation, no_space, error = message,
             "a request failed and is held until it is resumed"
         ),
+        // The worker has said so.
+        HoldEvent::Ignored | HoldEvent::Reported => {}
         HoldEvent::GivenUp => tracing::warn!(
             %export, %operation, no_space, error = message,
             "a held request was completed with its failure, as its queue was stopped"

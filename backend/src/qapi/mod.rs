@@ -10,6 +10,7 @@
 //! `key=value`, in which all are text that stands for its type.
 
 mod error;
+pub mod export;
 mod macros;
 pub mod node;
 mod schema;
@@ -288,7 +289,10 @@ macro_rules! integers {
                         let small = number.as_i64().and_then(|n| Self::try_from(n).ok());
                         small.or_else(|| number.as_u64().and_then(|n| Self::try_from(n).ok()))
                     }
-                    (Form::KeyValue, Value::String(text)) => text.parse().ok(),
+                    (Form::KeyValue, Value::String(text)) => {
+                        let number = text.parse().ok();
+                        return number.ok_or_else(|| input.expects("integer"));
+                    }
                     _ => None,
                 };
                 number.ok_or_else(|| input.wrong_type("integer"))

@@ -95,7 +95,7 @@ fn is_detachable(child: &str) -> bool {
 
 /// A part of what options are like.
 #[derive(Default)]
-struct Part {
+pub(super) struct Part {
     /// What a value there is, if there can be one.
     value: Option<&'static OptionSpec>,
     /// What is inside, by name; `*` for the elements of a list. In the table's order.
@@ -103,7 +103,7 @@ struct Part {
 }
 
 impl Part {
-    fn of_table(table: impl IntoIterator<Item = &'static OptionSpec>) -> Self {
+    pub(super) fn of_table(table: impl IntoIterator<Item = &'static OptionSpec>) -> Self {
         let mut root = Self::default();
         for spec in table {
             let mut part = &mut root;
@@ -133,7 +133,7 @@ impl Part {
         }
     }
 
-    fn members(&self, schema: &mut Schema, key: &str) -> Vec<Member> {
+    pub(super) fn members(&self, schema: &mut Schema, key: &str) -> Vec<Member> {
         let inner = self.inner.iter();
         inner
             .map(|(name, part)| Member {
@@ -148,7 +148,11 @@ impl Part {
         let value = |schema: &mut Schema, spec: &OptionSpec| describe_value(schema, spec.kind);
         match (self.value, self.element()) {
             (Some(spec), _) if self.inner.is_empty() => value(schema, spec),
-            (Some(spec), _) => schema.alternate(key, |schema| {
+            (Some(spec), Some(element)) => schema.alternate(key, |schema| {
+                let element = element.describe(schema, &format!("{key}.*"));
+                vec![schema.array(&element), value(schema, spec)]
+            }),
+            (Some(spec), None) => schema.alternate(key, |schema| {
                 let inside =
                     schema.object_of(&format!("{key}:object"), |schema| self.members(schema, key));
                 vec![inside, value(schema, spec)]
@@ -166,6 +170,7 @@ fn describe_value(schema: &mut Schema, kind: OptionKind) -> String {
     match kind {
         OptionKind::Text => String::describe(schema),
         OptionKind::Bool => bool::describe(schema),
+        OptionKind::Size => u64::describe(schema),
         OptionKind::Choice(words) => schema.choice(&format!("one of {}", words.join(" ")), words),
         _ => i64::describe(schema),
     }

@@ -170,6 +170,8 @@ impl Event {
     pub(super) fn of_request(notice: &worker::Notice, node_name: Option<String>) -> Option<Self> {
         let action = match notice.event {
             HoldEvent::Held => IoAction::Stop,
+            HoldEvent::Ignored => IoAction::Ignore,
+            HoldEvent::Reported => IoAction::Report,
             // It was told of when it was held.
             HoldEvent::GivenUp => return None,
         };

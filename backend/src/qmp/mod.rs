@@ -11,6 +11,7 @@ pub mod basic;
 pub mod command;
 pub mod devices;
 pub mod event;
+pub mod exports;
 pub mod info;
 pub mod json;
 pub mod monitor;
@@ -84,6 +85,7 @@ impl Service {
         basic::add(&mut commands);
         nodes::add(&mut commands);
         query::add(&mut commands);
+        exports::add(&mut commands);
         objects::add(&mut commands);
         devices::add(&mut commands);
         let service = Rc::new(Self {
@@ -127,7 +129,7 @@ impl Service {
     }
 
     /// The node that an export offers.
-    fn node_of(&self, export: &str) -> Option<String> {
+    pub(super) fn node_of(&self, export: &str) -> Option<String> {
         let export = self.daemon.upgrade()?.export(export)?;
         let node = self.control.node_of(export.root())?;
         let name = |graph: &Graph| Some(graph.node_by_id(node)?.name().to_owned());

@@ -5,10 +5,12 @@ use std::rc::Rc;
 
 use blockcore::graph::permission::Permissions;
 use blockcore::graph::{Graph, LineEnd, NodeId};
+use blockcore::io::account::{HistogramSum, Kind};
 
 use super::Service;
 use super::command::Commands;
 use super::info::{self, BlockDeviceInfo};
+use crate::export::Export;
 use crate::qapi::{Member, Members, Object, Qapi, QmpError, Schema};
 use crate::{qapi_enum, qapi_struct};
 
@@ -56,6 +58,12 @@ macro_rules! counters {
             pub account_failed: bool,
             /// How long nothing has been asked for, in nanoseconds.
             pub idle_time_ns: Option<u64>,
+            /// How long reads took, if that is counted.
+            pub rd_latency_histogram: Option<LatencyHistogram>,
+            /// How long writes took, if that is counted.
+            pub wr_latency_histogram: Option<LatencyHistogram>,
+            /// How long flushes took, if that is counted.
+            pub flush_latency_histogram: Option<LatencyHistogram>,
         }
 
         impl Object for BlockDeviceStats {
@@ -66,6 +74,9 @@ macro_rules! counters {
                     account_invalid: members.take("account_invalid")?,
                     account_failed: members.take("account_failed")?,
                     idle_time_ns: members.take("idle_time_ns")?,
+                    rd_latency_histogram: members.take("rd_latency_histogram")?,
+                    wr_latency_histogram: members.take("wr_latency_histogram")?,
+                    flush_latency_histogram: members.take("flush_latency_histogram")?,
                 })
             }
 
@@ -76,12 +87,20 @@ macro_rules! counters {
                 map.insert("timed_stats".into(), serde_json::Value::Array(Vec::new()));
                 let idle = self.idle_time_ns.map(|time| ("idle_time_ns".to_owned(), time.into()));
                 map.extend(idle);
+                for (name, histogram) in [
+                    ("rd_latency_histogram", &self.rd_latency_histogram),
+                    ("wr_latency_histogram", &self.wr_latency_histogram),
+                    ("flush_latency_histogram", &self.flush_latency_histogram),
+                ] {
+                    map.extend(histogram.emit().map(|bins| (name.to_owned(), bins)));
+                }
             }
 
             fn list(schema: &mut Schema) -> Vec<Member> {
                 let number = u64::describe(schema);
                 let flag = bool::describe(schema);
                 let timed = Vec::<TimedStats>::describe(schema);
+                let histogram = LatencyHistogram::describe(schema);
                 let member = |name: &str, kind: &str, optional| Member {
                     name: name.to_owned(),
                     kind: kind.to_owned(),
@@ -92,6 +111,9 @@ macro_rules! counters {
                     member("account_failed", &flag, false),
                     member("timed_stats", &timed, false),
                     member("idle_time_ns", &number, true),
+                    member("rd_latency_histogram", &histogram, true),
+                    member("wr_latency_histogram", &histogram, true),
+                    member("flush_latency_histogram", &histogram, true),
                 ];
                 all.extend([$(stringify!($field)),*].map(|name| member(name, &number, false)));
                 all
@@ -172,6 +194,25 @@ impl Qapi for BlockDeviceStats {
 
     fn describe(schema: &mut Schema) -> String {
         schema.object::<Self>("BlockDeviceStats")
+    }
+}
+
+qapi_struct! {
+    /// How many requests took how long.
+    pub struct LatencyHistogram {
+        /// Between the bins, in nanoseconds.
+        boundaries: Vec<u64> = "boundaries",
+        /// Requests in each bin: one more than there are boundaries.
+        bins: Vec<u64> = "bins",
+    }
+}
+
+impl From<&HistogramSum> for LatencyHistogram {
+    fn from(sum: &HistogramSum) -> Self {
+        Self {
+            boundaries: sum.boundaries_ns.to_vec(),
+            bins: sum.bins.clone(),
+        }
     }
 }
 
@@ -307,7 +348,11 @@ async fn query_stats(
     arguments: QueryBlockstats,
 ) -> Result<Vec<BlockStats>, QmpError> {
     if !arguments.query_nodes.unwrap_or(false) {
-        return Ok(Vec::new());
+        let exports = service.daemon()?.exports();
+        let exports = exports
+            .iter()
+            .map(|view| export_stats(&service, &view.export));
+        return Ok(exports.collect());
     }
     let all = service.control().read(|graph| {
         let nodes = graph.nodes();
@@ -316,6 +361,65 @@ async fn query_stats(
             .collect::<Option<_>>()
     });
     Ok(all.unwrap_or_default())
+}
+
+/// What was counted of an export's requests, and below its node.
+fn export_stats(service: &Service, export: &Export) -> BlockStats {
+    let id = &export.config().id;
+    let name = service.node_of(id);
+    let node = service.control().read(|graph| {
+        let node = graph.node(name.as_deref()?).ok()?;
+        stats(graph, node.id())
+    });
+    let sum = export.account();
+    let kind = |kind| sum.kind(kind);
+    let (read, write, zero) = (kind(Kind::Read), kind(Kind::Write), kind(Kind::WriteZeroes));
+    let (flush, unmap) = (kind(Kind::Flush), kind(Kind::Discard));
+    let histogram = |kind: Kind| {
+        sum.kind(kind)
+            .histogram
+            .as_ref()
+            .map(LatencyHistogram::from)
+    };
+    BlockStats {
+        device: Some(id.clone()),
+        node_name: name,
+        stats: BlockDeviceStats {
+            rd_bytes: read.bytes,
+            rd_operations: read.operations,
+            rd_total_time_ns: read.time_ns,
+            rd_merged: read.merged,
+            failed_rd_operations: read.failed,
+            invalid_rd_operations: read.invalid,
+            wr_bytes: write.bytes + zero.bytes,
+            wr_operations: write.operations + zero.operations,
+            wr_total_time_ns: write.time_ns + zero.time_ns,
+            wr_merged: write.merged + zero.merged,
+            failed_wr_operations: write.failed + zero.failed,
+            invalid_wr_operations: write.invalid + zero.invalid,
+            flush_operations: flush.operations,
+            flush_total_time_ns: flush.time_ns,
+            failed_flush_operations: flush.failed,
+            invalid_flush_operations: flush.invalid,
+            unmap_bytes: unmap.bytes,
+            unmap_operations: unmap.operations,
+            unmap_total_time_ns: unmap.time_ns,
+            unmap_merged: unmap.merged,
+            failed_unmap_operations: unmap.failed,
+            invalid_unmap_operations: unmap.invalid,
+            wr_highest_offset: node.as_ref().map_or(0, |node| node.stats.wr_highest_offset),
+            account_invalid: true,
+            account_failed: true,
+            idle_time_ns: sum.idle().map(|idle| idle.as_nanos() as u64),
+            rd_latency_histogram: histogram(Kind::Read),
+            wr_latency_histogram: histogram(Kind::Write),
+            flush_latency_histogram: histogram(Kind::Flush),
+            ..BlockDeviceStats::default()
+        },
+        driver_specific: None,
+        parent: node.map(Box::new),
+        backing: None,
+    }
 }
 
 fn stats(graph: &Graph, id: NodeId) -> Option<BlockStats> {

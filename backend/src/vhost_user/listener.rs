@@ -117,6 +117,13 @@ impl Socket {
     }
 }
 
+impl Socket {
+    /// The socket itself, for another thread.
+    pub(crate) fn listener(&self) -> std::io::Result<UnixListener> {
+        self.listener.try_clone()
+    }
+}
+
 fn remove_stale(path: &Path) -> Result<(), Error> {
     let shown = path.display();
     let metadata = match fs::symlink_metadata(path) {

@@ -13,7 +13,7 @@
     reason = "hands mapped guest memory to segment lists, and handles SIGBUS"
 )]
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
@@ -24,6 +24,7 @@ use std::sync::atomic::{
 use std::sync::{Arc, Mutex, Once};
 
 use blockcore::io::buffer::Segments;
+use blockcore::io::{Announcement, MemoryRange, Root};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 /// As many regions as a front-end may have: what `GET_MAX_MEM_SLOTS` tells.
@@ -238,8 +239,11 @@ impl GuestMap {
     }
 }
 
-/// One worker's hold on a guest's memory.
+/// One worker's hold on a guest's memory. Segments of requests have it, so it is dropped after the last that
+/// uses the memory.
 pub struct GuestView {
+    // Withdrawn before the memory may be unmapped.
+    announced: RefCell<Vec<Announcement>>,
     map: Arc<GuestMap>,
     last: Cell<usize>,
 }
@@ -252,9 +256,21 @@ impl GuestView {
     /// A view of `map` for one worker.
     pub fn new(map: Arc<GuestMap>) -> Rc<Self> {
         Rc::new(Self {
+            announced: RefCell::default(),
             map,
             last: Cell::new(0),
         })
+    }
+
+    /// Tells the drivers below a root on this worker that its requests are going to use this memory.
+    pub fn announce_to(&self, root: &Rc<Root>) {
+        let announced = self.map.regions.iter().map(|region| {
+            root.announce(MemoryRange {
+                address: region.base.as_ptr() as usize,
+                bytes: region.spec.bytes as usize,
+            })
+        });
+        self.announced.borrow_mut().extend(announced);
     }
 
     /// The map.

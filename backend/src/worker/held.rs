@@ -93,7 +93,8 @@ pub struct HeldRequest {
     pub age: Duration,
 }
 
-/// Something about held requests that control should know. At most two for each held request and resume.
+/// Something about requests that failed that control should know. At most two for each held request and
+/// resume; of others, few a second for each queue.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Notice {
     /// Whose disk it is.
@@ -115,6 +116,10 @@ pub enum HoldEvent {
     Held,
     /// It was held, and completed with its failure since its queue ended.
     GivenUp,
+    /// It was completed with its failure. Not each is told of.
+    Reported,
+    /// It was completed as if nothing had happened. Not each is told of.
+    Ignored,
 }
 
 /// What kind of request it is, as QEMU tells them apart.
@@ -122,7 +127,7 @@ pub enum HoldEvent {
 pub enum Operation {
     /// A read.
     Read,
-    /// A write, a zeroing or a discard.
+    /// A write, a zeroing, a discard or a flush.
     Write,
 }
 
@@ -230,8 +235,14 @@ impl Holds {
 
     /// Tells control what happened to a request; a flush has no failure of its own to tell.
     pub(super) fn tell(&self, event: HoldEvent, parked: &Parked) {
-        let Some(error) = parked.error else { return };
-        let operation = match parked.request {
+        if let Some(error) = parked.error {
+            self.tell_of(event, &parked.request, error);
+        }
+    }
+
+    /// Tells control what became of a request that met `error`.
+    pub(super) fn tell_of(&self, event: HoldEvent, request: &Request, error: IoError) {
+        let operation = match request {
             Request::Read { .. } => Operation::Read,
             _ => Operation::Write,
         };

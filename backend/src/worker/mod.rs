@@ -390,7 +390,7 @@ impl Worker {
     fn start(&mut self, start: Box<StartQueue>, reply: oneshot::Sender<Result<(), Refused>>) {
         let view = GuestView::new(Arc::clone(&start.memory));
         let max_chain = (blk::SEG_MAX + 2) as u16;
-        let ring = Ring::new(start.ring, view, max_chain);
+        let ring = Ring::new(start.ring, Rc::clone(&view), max_chain);
         let root = self.context.root(start.root);
         let root = root.ok_or_else(|| "its disk is gone".to_owned());
         let (mut ring, root) = match ring.and_then(|ring| Ok((ring, root?))) {
@@ -400,6 +400,7 @@ impl Worker {
                 return;
             }
         };
+        view.announce_to(&root);
         let start = *start;
         let device = start.key.device;
         ring.take_along(start.parked.iter().map(|parked| parked.head));

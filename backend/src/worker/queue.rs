@@ -282,11 +282,11 @@ impl Queue {
         if action == Action::Stop {
             return self.park(head, Some(failure.error));
         }
-        self.report_failure(head, failure.error);
-        let status = match action {
-            Action::Ignore => Status::Ok,
-            _ => status_for(failure.error),
+        let (event, status) = match action {
+            Action::Ignore => (HoldEvent::Ignored, Status::Ok),
+            _ => (HoldEvent::Reported, status_for(failure.error)),
         };
+        self.report_failure(head, event, failure.error);
         self.finish(head, status, Ended::Badly);
     }
 
@@ -397,7 +397,7 @@ impl Queue {
         self.served.disk.holds.tell(HoldEvent::GivenUp, &parked);
     }
 
-    pub(super) fn report_failure(&mut self, head: u16, error: IoError) {
+    pub(super) fn report_failure(&mut self, head: u16, event: HoldEvent, error: IoError) {
         let now = self.served.root.context().engine().now();
         if now < self.quiet_until {
             self.unsaid += 1;
@@ -405,6 +405,10 @@ impl Queue {
         }
         self.quiet_until = now + QUIET;
         let pending = self.pending[usize::from(head)].as_ref();
+        if let Some(pending) = pending {
+            let holds = &self.served.disk.holds;
+            holds.tell_of(event, &pending.request, error);
+        }
         tracing::warn!(
             export = %self.served.disk.export,
             queue = self.key.index,

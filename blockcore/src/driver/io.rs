@@ -10,7 +10,7 @@ use futures_util::FutureExt;
 
 use crate::engine::{FileId, OpenFile};
 use crate::io::buffer::Segments;
-use crate::io::{Io, IoFuture};
+use crate::io::{Io, IoContext, IoFuture, MemoryRange};
 
 /// Where the bytes of a request live.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -238,6 +238,26 @@ pub trait DriverIo: Send + Sync {
     fn event<'a>(&'a self, io: Io<'a>, event: &'static str) -> Option<IoFuture<'a>> {
         let _ = (io, event);
         None
+    }
+
+    /// Requests on the worker of `context` may use `memory` from now on: a place to register it beforehand
+    /// with what the driver drives. It stays mapped until [`memory_withdrawn`](Self::memory_withdrawn) is called
+    /// for the same range on the same worker; nothing that uses it is under way then.
+    ///
+    /// Told once for each root that reaches the node and each worker that serves it, so the same range may be
+    /// told several times; the end of each is told, too. What is mapped there may be a guest's, and be changed
+    /// by it at any time.
+    ///
+    /// It is no more than a hint. A driver may ignore it, requests may use memory that nobody announced, and
+    /// what cannot be registered is no error to anybody: requests go the way that they go without. Called with
+    /// the worker's other requests waiting: nothing in it may wait.
+    fn memory_announced(&self, context: &IoContext, memory: MemoryRange) {
+        let _ = (context, memory);
+    }
+
+    /// The end of what [`memory_announced`](Self::memory_announced) told: it may be unmapped on return.
+    fn memory_withdrawn(&self, context: &IoContext, memory: MemoryRange) {
+        let _ = (context, memory);
     }
 
     /// A drained section that covers the node begins: requests held back inside the driver are let go,

@@ -97,6 +97,8 @@ impl Change {
         self.add_root(id, claim)?;
         self.prepare_permissions().await?;
         self.drain(Scope::Subtrees(BTreeSet::from([id]))).await;
+        // A user may have changed the length, and written, and not be heard of yet.
+        control.fit_drained_bitmaps(id, true);
         let root = self.temporary_root(id, Permissions::all());
         let request = root.enter(RequestKind::Truncate, bytes, 0).await;
         let flags = TruncateFlags::ZERO;
@@ -106,7 +108,7 @@ impl Change {
             truncated = request.flush().await;
         }
         drop(request);
-        control.fit_drained_bitmaps(id);
+        control.fit_drained_bitmaps(id, false);
         truncated.map_err(|error| {
             let kind = match error {
                 IoError::Unsupported => ErrorKind::Unsupported,

@@ -184,11 +184,11 @@ impl Control {
         })
     }
 
-    /// Makes the bitmaps of a node as long as the node is, which nobody has written to since it has another
-    /// length. It is drained.
-    pub(super) fn fit_drained_bitmaps(&self, id: NodeId) {
+    /// Makes the bitmaps of a node as long as the node is. It is drained; something `may_be_written` to it since
+    /// it has another length, or nothing is.
+    pub(super) fn fit_drained_bitmaps(&self, id: NodeId, may_be_written: bool) {
         self.change(|graph| {
-            if graph.node_mut(id).fit_bitmaps(false) {
+            if graph.node_mut(id).fit_bitmaps(may_be_written) {
                 graph.replan();
             }
         });

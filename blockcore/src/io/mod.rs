@@ -24,6 +24,7 @@
 
 pub mod account;
 pub mod align;
+mod announced;
 pub mod buffer;
 mod context;
 mod copy;
@@ -42,6 +43,7 @@ mod zero;
 
 use futures_util::future::LocalBoxFuture;
 
+pub use self::announced::{Announcement, MemoryRange};
 pub use self::context::{ContextHandle, IoContext};
 pub(crate) use self::guard::HeaderGuard;
 pub use self::layer::{Fork, Io};

@@ -20,6 +20,7 @@ use std::time::Duration;
 use event_listener::Event;
 use futures_channel::oneshot;
 
+use super::announced::Announced;
 use super::buffer::Segments;
 use super::plan::{LocalPlan, Movable, Plan};
 use super::uses::UseId;
@@ -91,6 +92,7 @@ pub struct Root {
     /// Who is to be told when nothing is in flight.
     quiet: RefCell<Vec<oneshot::Sender<()>>>,
     let_go: Event,
+    pub(super) announced: Announced,
 }
 
 #[derive(Default)]
@@ -134,6 +136,7 @@ impl Root {
             requests: RefCell::default(),
             quiet: RefCell::default(),
             let_go: Event::new(),
+            announced: Announced::default(),
         })
     }
 
@@ -340,7 +343,9 @@ impl Root {
         // The new one first: files of both stay attached.
         let local = LocalPlan::new(&self.context, plan);
         local.set_fast_path(self.fast_path.get());
-        self.plan.replace(local);
+        let before = self.plan.replace(Rc::clone(&local));
+        self.announced
+            .plan_changes(&self.context, &before.plan, &local.plan);
     }
 
     fn ended(&self, slot: u32) {
@@ -352,6 +357,12 @@ impl Root {
             // Who does not wait any more need not know.
             let _ = reply.send(());
         }
+    }
+}
+
+impl Drop for Root {
+    fn drop(&mut self) {
+        self.announced.end(&self.context, &self.plan.borrow().plan);
     }
 }
 

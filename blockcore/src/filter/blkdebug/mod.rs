@@ -4,8 +4,10 @@
 //! has this node as its file ([`Io::event`]). Their names are those of QEMU, and any of them may be
 //! asked for whether or not something here raises it.
 //!
-//! Lists are given as `inject-error.0.event=pwritev,inject-error.0.errno=28` and so on, from 0.
+//! Lists are given as `inject-error.0.event=pwritev,inject-error.0.errno=28` and so on, from 0, or in the file that
+//! `config` names.
 
+mod config;
 mod rules;
 
 use std::future::poll_fn;
@@ -35,7 +37,7 @@ pub static BLKDEBUG: DriverType = DriverType {
         role: Role::FILTERED.union(Role::PRIMARY),
         optional: false,
     }],
-    open: |request| async move { open(&request) }.boxed_local(),
+    open: |request| async move { open(&request).await }.boxed_local(),
     ..DriverType::FILTER
 };
 
@@ -117,6 +119,11 @@ const fn option(name: &'static str, kind: OptionKind, help: &'static str) -> Opt
 }
 
 const OPTIONS: &[OptionSpec] = &[
+    option(
+        "config",
+        OptionKind::Text,
+        "file with more of the rules, which come before these",
+    ),
     option(
         "inject-error.*.event",
         OptionKind::Choice(EVENTS),
@@ -218,10 +225,19 @@ struct BlkdebugIo {
     rules: Arc<Rules>,
 }
 
-fn open(request: &OpenRequest) -> Result<Opened, Error> {
+async fn open(request: &OpenRequest) -> Result<Opened, Error> {
+    let file = match request.options.text(OPTIONS, "config") {
+        "" => Options::default(),
+        path => {
+            let file = config::read(&request.context, path).await?;
+            file.check(&[OPTIONS], &format!("a rule in '{path}'"))?;
+            file
+        }
+    };
     let given = Given {
         node: &request.node_name,
         options: &request.options,
+        file: &file,
     };
     let rules = Arc::new(Rules::new(given.rules()?));
     let driver = BlkdebugDriver {
@@ -240,6 +256,8 @@ fn open(request: &OpenRequest) -> Result<Opened, Error> {
 struct Given<'a> {
     node: &'a str,
     options: &'a Options,
+    /// Rules from a file.
+    file: &'a Options,
 }
 
 impl Given<'_> {
@@ -249,7 +267,13 @@ impl Given<'_> {
 
     /// The entries of a list, in order.
     fn list(&self, name: &str) -> Result<Vec<Options>, Error> {
-        let mut entries = self.options.clone().take_nested(name);
+        let mut list = self.list_of(self.file, name)?;
+        list.extend(self.list_of(self.options, name)?);
+        Ok(list)
+    }
+
+    fn list_of(&self, options: &Options, name: &str) -> Result<Vec<Options>, Error> {
+        let mut entries = options.clone().take_nested(name);
         let mut list = Vec::new();
         while !entries.is_empty() {
             let place = list.len().to_string();

@@ -1,5 +1,6 @@
 //! Tests of the graph and of the pipeline around its nodes, with drivers that note what they are asked.
 
+mod announced;
 mod chain;
 mod change;
 mod drain;
@@ -28,7 +29,7 @@ use crate::driver::{
 };
 use crate::engine::sim::{Simulation, Worker};
 use crate::io::buffer::Segments;
-use crate::io::{Io, IoContext, IoFuture, Root};
+use crate::io::{Io, IoContext, IoFuture, MemoryRange, Root};
 use crate::options::{OptionKind, OptionSpec, Options};
 use crate::{Error, ErrorKind, IoError};
 
@@ -422,6 +423,17 @@ impl Memory {
 }
 
 impl DriverIo for Memory {
+    fn memory_announced(&self, _: &IoContext, memory: MemoryRange) {
+        log(format!("{} hears of {:#x}", self.name, memory.address));
+    }
+
+    fn memory_withdrawn(&self, _: &IoContext, memory: MemoryRange) {
+        log(format!(
+            "{} hears the end of {:#x}",
+            self.name, memory.address
+        ));
+    }
+
     fn bytes(&self, _: &[u64]) -> u64 {
         self.bytes.lock().unwrap().len() as u64
     }
@@ -581,6 +593,17 @@ impl Layer {
 }
 
 impl DriverIo for Layer {
+    fn memory_announced(&self, _: &IoContext, memory: MemoryRange) {
+        log(format!("{} hears of {:#x}", self.name, memory.address));
+    }
+
+    fn memory_withdrawn(&self, _: &IoContext, memory: MemoryRange) {
+        log(format!(
+            "{} hears the end of {:#x}",
+            self.name, memory.address
+        ));
+    }
+
     fn read<'a>(&'a self, io: Io<'a>, offset: u64, into: Segments) -> IoFuture<'a> {
         async move {
             let end = offset + into.bytes();

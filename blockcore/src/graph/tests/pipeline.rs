@@ -413,6 +413,34 @@ fn users_are_told_of_another_length_and_bitmaps_follow_it() {
     assert_eq!(marked(), 28672);
 }
 
+/// What would have been seen: an incremental backup without what was written between two changes of a length.
+#[test]
+fn what_is_written_before_anybody_hears_of_a_length_is_marked_when_an_operator_changes_it_again() {
+    let bench = Bench::new();
+    bench.add("driver=memory,node-name=disk,size=8k");
+    let control = bench.control.clone();
+    bench
+        .run(async move {
+            let add = |set: &mut crate::dirty_bitmap::BitmapSet| set.add("marks", 4096).map(|_| ());
+            control.change_bitmaps("disk", add).await
+        })
+        .unwrap();
+    let root = bench.root("disk", resizer());
+    bench.truncate(&root, 32768, Preallocation::Off).unwrap();
+    bench.write(&root, 28672, 512, 1).unwrap();
+    let control = bench.control.clone();
+    bench
+        .run(async move { control.resize("disk", 65536, Preallocation::Off).await })
+        .unwrap();
+    let bits = bench.control.read(|graph| {
+        let bitmaps = graph.node("disk").unwrap().bitmaps();
+        Arc::clone(bitmaps.get("marks").unwrap().bits())
+    });
+    assert_eq!(bits.length(), 65536);
+    assert!(bits.get(28672), "written before the operator came");
+    assert!(!bits.get(0) && !bits.get(32768), "written by nobody");
+}
+
 #[test]
 fn a_parent_reads_zeroes_past_the_end_of_a_protocol_and_a_user_does_not() {
     let bench = Bench::new();
