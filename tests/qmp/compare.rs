@@ -57,7 +57,8 @@ fn plain(value: &Value, folder: &Path) -> Value {
             Value::Array(list)
         }
         Value::Object(map) => {
-            let of_host = ["actual-size", "date-sec", "date-nsec"];
+            // An image's header may be written when it is opened, or not yet.
+            let of_host = ["actual-size", "date-sec", "date-nsec", "wr_highest_offset"];
             let members = map
                 .iter()
                 .filter(|(name, _)| !of_host.contains(&name.as_str()));
@@ -239,7 +240,7 @@ fn nodes_are_changed_as_qemu_does() {
             (
                 Same,
                 "blockdev-reopen",
-                json!({"options": [node("raw", "r", json!({"file": "f", "read-only": true}))]}),
+                json!({"options": [node("raw", "r", json!({"file": "f", "discard": "unmap"}))]}),
             ),
             (
                 Same,
@@ -330,7 +331,7 @@ fn nodes_are_changed_as_qemu_does() {
                 json!({"node-name": "none", "write-threshold": 1}),
             ),
             (
-                Same,
+                Class,
                 "block-set-write-threshold",
                 json!({"node-name": "r", "write-threshold": "1"}),
             ),

@@ -17,7 +17,7 @@ const BLOCK: usize = 4096;
 fn exported(folder: &Path, node: &str) -> (Served, Client, Libblkio) {
     let socket = folder.join("e.sock");
     let export = format!(
-        "vhost-user-blk,id=e,node-name=n,writable=on,addr.type=unix,addr.path={}",
+        "vhost-user-blk,id=e,node-name=n,writable=on,num-queues=2,addr.type=unix,addr.path={}",
         socket.display()
     );
     let served = Served::start(Which::Ours, &["--blockdev", node, "--export", &export]);

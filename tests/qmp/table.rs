@@ -123,6 +123,7 @@ fn the_schema_has_of_each_command_and_event_what_qemus_has() {
     let (ours, qemus) = (by_name(&ours), by_name(&qemus));
     let interesting =
         |entry: &&Value| entry["meta-type"] == "command" || entry["meta-type"] == "event";
+    let by_case = ["block-export-add"];
     let mut compared = 0;
     for entry in ours.values().copied().filter(interesting) {
         let name = entry["name"].as_str().unwrap();
@@ -146,11 +147,11 @@ fn the_schema_has_of_each_command_and_event_what_qemus_has() {
             assert_eq!(Some(ours), qemus, "{name}.{member}");
             compared += 1;
         }
+        // Where ours has all members in its cases, they are not in the base.
+        let is_union = by_case.contains(&name);
         for (member, (optional, _)) in &qemus {
-            assert!(
-                *optional || ours.contains_key(member),
-                "{name} lacks {member}"
-            );
+            let here = *optional || is_union || ours.contains_key(member);
+            assert!(here, "{name} lacks {member}");
         }
     }
     assert!(compared > 40, "{compared}");

@@ -249,7 +249,7 @@ qapi_struct! {
         stats: BlockDeviceStats = "stats",
         /// What only its driver counts.
         driver_specific: Option<FileStats> = "driver-specific",
-        /// Of a device, the same of the node below.
+        /// The same of the node below.
         parent: Option<Box<BlockStats>> = "parent",
         /// Of a device, the same of the backing node.
         backing: Option<Box<BlockStats>> = "backing",
@@ -427,6 +427,9 @@ fn stats(graph: &Graph, id: NodeId) -> Option<BlockStats> {
     let counted: BTreeMap<_, _> = node.io().statistics().into_iter().collect();
     let count = |name: &str| counted.get(name).copied().unwrap_or(0);
     let is_file = matches!(node.driver_name(), "file" | "host_device");
+    let below = graph
+        .primary_child(id)
+        .and_then(|below| stats(graph, below));
     Some(BlockStats {
         device: None,
         node_name: Some(node.name().to_owned()),
@@ -440,7 +443,7 @@ fn stats(graph: &Graph, id: NodeId) -> Option<BlockStats> {
             discard_nb_failed: count("discard-nb-failed"),
             discard_bytes_ok: count("discard-bytes-ok"),
         }),
-        parent: None,
+        parent: below.map(Box::new),
         backing: None,
     })
 }
