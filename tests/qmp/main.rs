@@ -1,0 +1,9 @@
+//! The control protocol, beside `qemu-storage-daemon`: the same calls get the same replies.
+
+mod cli;
+mod client;
+mod compare;
+mod monitors;
+mod peers;
+mod stream;
+mod table;
