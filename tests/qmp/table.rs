@@ -58,8 +58,10 @@ fn every_command_and_event_of_qemus_is_here_with_a_test_or_absent() {
             let is_absent = shown.starts_with("absent: ");
             assert_eq!(ours.contains(name), !is_absent, "{name}: {shown}");
         }
-        // What is ours alone would break clients that know QEMU's only.
-        assert!(ours.is_subset(&qemus), "{:?}", ours.difference(&qemus));
+        for name in ours.difference(&qemus) {
+            // An event that is ours alone would break clients that know QEMU's only.
+            assert!(meta == "command" && rows.contains_key(name), "{name}");
+        }
     }
     for (name, shown) in rows {
         for test in shown
@@ -118,7 +120,9 @@ fn the_schema_has_of_each_command_and_event_what_qemus_has() {
     let mut compared = 0;
     for entry in ours.values().copied().filter(interesting) {
         let name = entry["name"].as_str().unwrap();
-        let theirs = qemus[name];
+        let Some(theirs) = qemus.get(name) else {
+            continue;
+        };
         assert_eq!(
             entry.get("features"),
             theirs
@@ -131,6 +135,10 @@ fn the_schema_has_of_each_command_and_event_what_qemus_has() {
             members(&qemus, &theirs["arg-type"]),
         );
         for (member, ours) in &ours {
+            if (name, member.as_str()) == ("block-export-add", "iothread") {
+                // Ours may be a list as well.
+                continue;
+            }
             let qemus = qemus.get(member);
             assert_eq!(Some(ours), qemus, "{name}.{member}");
             compared += 1;
