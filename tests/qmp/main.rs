@@ -3,6 +3,7 @@
 mod cli;
 mod client;
 mod compare;
+mod events;
 mod monitors;
 mod peers;
 mod stream;

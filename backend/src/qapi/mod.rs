@@ -289,7 +289,10 @@ macro_rules! integers {
                         let small = number.as_i64().and_then(|n| Self::try_from(n).ok());
                         small.or_else(|| number.as_u64().and_then(|n| Self::try_from(n).ok()))
                     }
-                    (Form::KeyValue, Value::String(text)) => text.parse().ok(),
+                    (Form::KeyValue, Value::String(text)) => {
+                        let number = text.parse().ok();
+                        return number.ok_or_else(|| input.expects("integer"));
+                    }
                     _ => None,
                 };
                 number.ok_or_else(|| input.wrong_type("integer"))

@@ -500,9 +500,17 @@ impl Objects {
         if made.kind == "throttle-group" {
             if property == "limits" {
                 let wrapped = json!({ "limits": value });
-                let given: ThrottleGroupProperties =
-                    Input::new(&wrapped, Form::Json, &[]).parse()?;
-                return Ok(self.control.set_throttle_limits(id, given.0)?);
+                let input = Input::new(&wrapped, Form::Json, &[]);
+                let given: ThrottleLimits = input.members()?.take("limits")?;
+                // What is not said stays as it is.
+                let mut limits = self.control.throttle_limits(id)?;
+                for property in PROPERTIES
+                    .iter()
+                    .filter(|known| value.get(known.name).is_some())
+                {
+                    property.set(&mut limits, property.get(&given.0));
+                }
+                return Ok(self.control.set_throttle_limits(id, limits)?);
             }
             return Err(
                 match PROPERTIES.iter().any(|known| known.x_name == property) {
