@@ -280,7 +280,8 @@ impl Test {
             || faults.read_error_permille > 0
             || faults.write_error_permille > 0
             || faults.no_space_permille > 0;
-        if error.kind() == ErrorKind::Io && fails {
+        let is_full = error.kind() == ErrorKind::NoSpace && faults.no_space_permille > 0;
+        if is_full || (error.kind() == ErrorKind::Io && fails) {
             return Ok(());
         }
         Err(format!(

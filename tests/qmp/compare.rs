@@ -685,3 +685,111 @@ fn the_graph_is_drawn_as_qemu_does() {
     assert_eq!(drawings[0], drawings[1]);
     assert_eq!(drawings[0].len(), 3);
 }
+
+#[test]
+fn exports_that_cannot_be_are_refused_as_qemu_refuses_them() {
+    let export = |more: Value| {
+        let mut value = json!({"type": "vhost-user-blk", "id": "e", "node-name": "n",
+            "addr": {"type": "unix", "path": "FOLDER/socket"}});
+        let members = value.as_object_mut().unwrap();
+        members.extend(more.as_object().unwrap().clone());
+        members.retain(|_, value| !value.is_null());
+        value
+    };
+    let add = "block-export-add";
+    compare(
+        &["--object", "iothread,id=io"],
+        &[
+            (
+                Same,
+                "blockdev-add",
+                node("null-co", "n", json!({"size": 1048576})),
+            ),
+            (
+                Same,
+                add,
+                export(json!({"num-queues": 2, "writable": true})),
+            ),
+            (Same, add, export(json!({}))),
+            (More, "query-block-exports", json!({})),
+            (Class, "blockdev-del", json!({"node-name": "n"})),
+            (Same, "block-export-del", json!({"id": "none"})),
+            (Same, "block-export-del", json!({"id": "e", "mode": "soft"})),
+            (Same, "block-export-del", json!({"id": "e"})),
+            (Same, "block-export-del", json!({"id": "e"})),
+            (Same, "query-block-exports", json!({})),
+            (Same, add, export(json!({"iothread": "none"}))),
+            (
+                Same,
+                add,
+                export(json!({"iothread": "io", "fixed-iothread": true})),
+            ),
+            (Class, "object-del", json!({"id": "io"})),
+            (Same, "block-export-del", json!({"id": "e", "mode": "hard"})),
+            (Class, add, export(json!({"id": "1"}))),
+            (Same, add, export(json!({"id": null}))),
+            (Same, add, export(json!({"addr": null}))),
+            (Same, add, export(json!({"addr": {"type": "unix"}}))),
+            (
+                Class,
+                add,
+                export(json!({"addr": {"type": "inet", "host": "::", "port": "1"}})),
+            ),
+            (Class, add, export(json!({"node-name": "none"}))),
+            (Class, add, export(json!({"type": "none"}))),
+            (Class, add, export(json!({"num-queues": 0}))),
+            (Class, add, export(json!({"num-queues": "2"}))),
+            (Class, add, export(json!({"logical-block-size": 513}))),
+            (Class, add, export(json!({"allow-inactive": true}))),
+            (Class, add, export(json!({"colour": "red"}))),
+            (Same, add, export(json!({"writable": "on"}))),
+            (Same, "query-block-exports", json!({})),
+            (Same, "blockdev-del", json!({"node-name": "n"})),
+        ],
+    );
+}
+
+#[test]
+fn what_is_ours_alone_answers() {
+    let served = Served::start(
+        Which::Ours,
+        &["--blockdev", "null-co,node-name=n,size=1048576"],
+    );
+    let mut client = served.client();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("socket");
+    let export = json!({"type": "vhost-user-blk", "id": "e", "node-name": "n",
+        "addr": {"type": "unix", "path": path.to_str().unwrap()}});
+    let nothing = json!({"return": {}});
+    assert_eq!(client.call("block-export-add", export), nothing);
+    assert_eq!(
+        client.call("query-block-requests", json!({})),
+        json!({"return": []})
+    );
+    assert_eq!(
+        client.call("block-export-resume", json!({"id": "e"})),
+        nothing
+    );
+    let bins = json!({"id": "e", "boundaries": [10, 100], "boundaries-read": [5]});
+    assert_eq!(client.call("block-latency-histogram-set", bins), nothing);
+    let stats = client.call("query-blockstats", json!({}));
+    let stats = &stats["return"][0]["stats"];
+    assert_eq!(
+        stats["rd_latency_histogram"],
+        json!({"boundaries": [5], "bins": [0, 0]})
+    );
+    let of_writes = json!({"boundaries": [10, 100], "bins": [0, 0, 0]});
+    assert_eq!(stats["wr_latency_histogram"], of_writes);
+    let falling = json!({"id": "e", "boundaries": [10, 5]});
+    for (command, arguments) in [
+        ("block-latency-histogram-set", falling),
+        ("block-latency-histogram-set", json!({"id": "none"})),
+        ("block-export-resume", json!({"id": "none"})),
+    ] {
+        let reply = client.call(command, arguments);
+        assert_eq!(
+            reply["error"]["class"], "GenericError",
+            "{command}: {reply}"
+        );
+    }
+}

@@ -8,13 +8,6 @@ use serde_json::{Value, json};
 
 use crate::client::{Served, Which};
 
-/// Commands that `qemu-storage-daemon` does not have. There are no such events: clients break on those.
-const OURS: [&str; 3] = [
-    "block-export-resume",
-    "block-latency-histogram-set",
-    "query-block-requests",
-];
-
 const TABLE: &str = include_str!("../commands.md");
 
 /// Each name with what shows it, or `absent` with a reason.
@@ -65,9 +58,10 @@ fn every_command_and_event_of_qemus_is_here_with_a_test_or_absent() {
             let is_absent = shown.starts_with("absent: ");
             assert_eq!(ours.contains(name), !is_absent, "{name}: {shown}");
         }
-        let own: BTreeSet<_> = ours.difference(&qemus).copied().collect();
-        let named = OURS.into_iter().filter(|_| meta == "command").collect();
-        assert_eq!(own, named, "{meta}");
+        for name in ours.difference(&qemus) {
+            // An event that is ours alone would break clients that know QEMU's only.
+            assert!(meta == "command" && rows.contains_key(name), "{name}");
+        }
     }
     for (name, shown) in rows {
         for test in shown
@@ -128,7 +122,6 @@ fn the_schema_has_of_each_command_and_event_what_qemus_has() {
     for entry in ours.values().copied().filter(interesting) {
         let name = entry["name"].as_str().unwrap();
         let Some(theirs) = qemus.get(name) else {
-            assert!(OURS.contains(&name), "{name}");
             continue;
         };
         assert_eq!(
@@ -143,6 +136,10 @@ fn the_schema_has_of_each_command_and_event_what_qemus_has() {
             members(&qemus, &theirs["arg-type"]),
         );
         for (member, ours) in &ours {
+            if (name, member.as_str()) == ("block-export-add", "iothread") {
+                // Ours may be a list as well.
+                continue;
+            }
             let qemus = qemus.get(member);
             assert_eq!(Some(ours), qemus, "{name}.{member}");
             compared += 1;

@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use blockcore::graph::{ExportState, RootUser};
 use blockcore::{Error, ErrorKind};
+use futures_channel::oneshot;
 
 use super::{ControlHandle, Daemon, DaemonEvent};
 use crate::config::{ExportConfig, SocketAddress};
@@ -50,6 +51,21 @@ pub struct ExportView {
     pub is_connected: bool,
     /// It is being removed.
     pub is_going: bool,
+}
+
+/// A removal that goes on by itself.
+pub struct Removing {
+    /// Whether a front-end was connected, which takes as long to end as its requests do.
+    pub had_front_end: bool,
+    done: oneshot::Receiver<()>,
+}
+
+impl Removing {
+    /// Waits until the export is gone.
+    pub async fn gone(self) {
+        // Nothing is ever sent.
+        let _ = self.done.await;
+    }
 }
 
 /// Tells an export's front-end what happens to its node.
@@ -169,7 +185,7 @@ impl Daemon {
     ///
     /// [`ErrorKind::NotFound`]; [`ErrorKind::Busy`] if it is being removed already or, for
     /// [`Removal::Safe`], has a front-end.
-    pub fn remove_export(self: &Rc<Self>, id: &str, removal: Removal) -> Result<(), Error> {
+    pub fn remove_export(self: &Rc<Self>, id: &str, removal: Removal) -> Result<Removing, Error> {
         let mut exports = self.exports.borrow_mut();
         let entry = exports.get_mut(id).ok_or_else(|| {
             Error::new(ErrorKind::NotFound, format!("Export '{id}' is not found"))
@@ -187,6 +203,8 @@ impl Daemon {
             )));
         }
         entry.is_going = true;
+        let had_front_end = entry.server.is_connected();
+        let (gone, done) = oneshot::channel();
         let (daemon, id) = (Rc::clone(self), id.to_owned());
         let (export, server) = (Rc::clone(&entry.export), Rc::clone(&entry.server));
         self.control.context().spawn(async move {
@@ -202,8 +220,12 @@ impl Daemon {
             }
             daemon.exports.borrow_mut().remove(&id);
             daemon.announce(&DaemonEvent::ExportDeleted(&id));
+            drop(gone);
         });
-        Ok(())
+        Ok(Removing {
+            had_front_end,
+            done,
+        })
     }
 
     /// The export called `id`.

@@ -23,16 +23,31 @@ impl Qapi for ExportOptions {
     }
 
     fn describe(schema: &mut Schema) -> String {
+        /// What all kinds of exports take.
+        const COMMON: [&str; 7] = [
+            "id",
+            "node-name",
+            "iothread",
+            "fixed-iothread",
+            "writable",
+            "writethrough",
+            "allow-inactive",
+        ];
         schema.union("BlockExportOptions", "type", |schema| {
             let tag = Member {
                 name: "type".to_owned(),
                 kind: schema.choice("BlockExportType", EXPORT_TYPES),
                 optional: false,
             };
-            let others = EXPORT_OPTIONS.iter().filter(|spec| spec.name != "type");
+            let (common, own): (Vec<_>, Vec<_>) = EXPORT_OPTIONS
+                .iter()
+                .filter(|spec| spec.name != "type")
+                .partition(|spec| COMMON.contains(&spec.name.trim_end_matches(".*")));
+            let mut base = vec![tag];
+            base.extend(Part::of_table(common).members(schema, "BlockExportOptions"));
             let key = "BlockExportOptions:vhost-user-blk";
-            let case = schema.object_of(key, |schema| Part::of_table(others).members(schema, key));
-            (vec![tag], vec![("vhost-user-blk".to_owned(), case)])
+            let case = schema.object_of(key, |schema| Part::of_table(own).members(schema, key));
+            (base, vec![("vhost-user-blk".to_owned(), case)])
         })
     }
 }

@@ -142,7 +142,11 @@ async fn block_export_del(service: Rc<Service>, arguments: BlockExportDel) -> Re
         Some(BlockExportRemoveMode::Hard) => Removal::Hard,
         Some(BlockExportRemoveMode::Safe) | None => Removal::Safe,
     };
-    service.daemon()?.remove_export(&arguments.id, removal)?;
+    let removing = service.daemon()?.remove_export(&arguments.id, removal)?;
+    if !removing.had_front_end {
+        // As soon done as said: clients of QEMU go on to remove the node.
+        removing.gone().await;
+    }
     Ok(())
 }
 
@@ -256,6 +260,7 @@ async fn block_latency_histogram_set(
     for (boundaries, kinds) in kinds {
         let boundaries = boundaries.as_ref().or(all.as_ref());
         if boundaries.is_none() && named {
+            // Not spoken of.
             continue;
         }
         for kind in kinds {
