@@ -724,7 +724,6 @@ fn exports_that_cannot_be_are_refused_as_qemu_refuses_them() {
                 add,
                 export(json!({"iothread": "io", "fixed-iothread": true})),
             ),
-            (Class, "object-del", json!({"id": "io"})),
             (Same, "block-export-del", json!({"id": "e", "mode": "hard"})),
             (Class, add, export(json!({"id": "1"}))),
             (Same, add, export(json!({"id": null}))),

@@ -188,7 +188,7 @@ impl<'de> Visitor<'de> for Flat<'_> {
     fn visit_f64<E: de::Error>(self, value: f64) -> Result<(), E> {
         if matches!(self.keys, Keys::Names) {
             // No option takes it: whoever looks for its type says so, and where it stands.
-            return self.add(OptionValue::Number(value.to_string()));
+            return self.add(OptionValue::Number(format!("{value:?}")));
         }
         Err(E::custom(format!(
             "option '{}' is {value}, and no option takes a fraction or a number beyond 64 bits",

@@ -211,6 +211,10 @@ fn unexpected(
     if let Some(name) = names().find(|name| is_within(name)) {
         return Error::invalid(format!("Parameters '{prefix}{name}.*' are unexpected"));
     }
+    // The outermost member that is not known; what is inside of it does not matter.
+    let word = key.split('.').next().unwrap_or(key);
+    let is_part_of_key = names().any(|name| name.split('.').next() == Some(word));
+    let key = if is_part_of_key { key } else { word };
     let known = names().chain(children.iter().copied());
     Error::invalid(format!(
         "Parameter '{prefix}{key}' is unexpected: {whose} takes {}",
