@@ -1,7 +1,7 @@
 //! What exports and workers do, in the text form that Prometheus reads, at a socket of its own.
 //!
 //! `GET /metrics` gives it; anything else is an error. One request a connection, and one connection at a time:
-//! whoever scrapes comes every few seconds. A client that is slow is given up after [`PATIENCE`].
+//! whoever scrapes comes every few seconds. A client that is slow is given up after two seconds.
 //!
 //! Threads: one of its own, which asks the control thread for numbers and waits; the control thread never
 //! waits for it.

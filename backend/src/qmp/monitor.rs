@@ -4,7 +4,7 @@
 //! what it came to is posted back. So the control thread never waits for a monitor, and a monitor that
 //! stops reading holds up nobody but itself. What is kept for one is bounded:
 //!
-//! * commands: one runs, [`MAX_QUEUED`](super::session::MAX_QUEUED) wait, then nothing more is read;
+//! * commands: one runs, `session::MAX_QUEUED` wait, then nothing more is read;
 //! * replies: with [`MAX_UNSENT_BYTES`] unsent no further command begins, so there is one reply more at most;
 //! * events: a client that leaves [`MAX_EVENTS`] of them unread is disconnected. Were some left out
 //!   instead, it would believe to have been told of everything.

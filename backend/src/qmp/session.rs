@@ -1,4 +1,4 @@
-//! [`Session`]: one conversation with a monitor, from the greeting on. Pure: told what was read and what
+//! `Session`: one conversation with a monitor, from the greeting on. Pure: told what was read and what
 //! commands came to, it says what to write and what to run.
 
 use std::collections::VecDeque;
