@@ -36,7 +36,17 @@ impl Options {
         let left_out = |spec: &&OptionSpec| typed.value(spec.name).is_none();
         let mut left_out = super::specs(tables).filter(left_out);
         match left_out.find(|spec| spec.default.is_none()) {
-            Some(spec) => Err(missing(&format!("{prefix}{}", spec.name))),
+            Some(spec) => {
+                // All of what is around it, if none of that is there.
+                let around = spec
+                    .name
+                    .split_once('.')
+                    .map_or(spec.name, |(word, _)| word);
+                let inside = format!("{around}.");
+                let is_begun = typed.iter().any(|(key, _)| key.starts_with(&inside));
+                let name = if is_begun { spec.name } else { around };
+                Err(missing(&format!("{prefix}{name}")))
+            }
             None => Ok(typed),
         }
     }
