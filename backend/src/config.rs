@@ -279,12 +279,7 @@ impl ExportConfig {
     /// The first value that is out of range.
     pub fn check(&self) -> Result<(), Error> {
         let refuse = |what: String| Err(Error::invalid(format!("export '{}': {what}", self.id)));
-        let mut letters = self.id.chars();
-        let is_first = letters
-            .next()
-            .is_some_and(|first| first.is_ascii_alphabetic());
-        let is_next = |letter: char| letter.is_ascii_alphanumeric() || "-._".contains(letter);
-        if !is_first || !letters.all(is_next) {
+        if !is_identifier(&self.id) {
             return Err(Error::invalid(format!(
                 "Invalid block export id '{}': it is a letter, and after that letters, digits, '-', '.' and '_'",
                 self.id
@@ -308,6 +303,15 @@ impl ExportConfig {
         }
         Ok(())
     }
+}
+
+/// Whether something of an operator's may be called so, as QEMU has it: a letter, and after that letters,
+/// digits, `-`, `.` and `_`.
+pub fn is_identifier(name: &str) -> bool {
+    let mut letters = name.bytes();
+    let first = letters.next();
+    first.is_some_and(|letter| letter.is_ascii_alphabetic())
+        && letters.all(|letter| letter.is_ascii_alphanumeric() || b"-._".contains(&letter))
 }
 
 fn socket(options: &Options) -> Result<SocketAddress, Error> {

@@ -8,6 +8,7 @@
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener};
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::str::FromStr;
@@ -23,6 +24,7 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 
 use crate::daemon::{ControlHandle, Daemon};
 use crate::vhost_user::listener::Socket;
@@ -79,24 +81,14 @@ impl Metrics {
                 let socket = Socket::bind(path)?;
                 let listener = socket.listener().map_err(failed)?;
                 listener.set_nonblocking(false).map_err(failed)?;
-                serve(control, move || {
-                    let (stream, _) = listener.accept()?;
-                    stream.set_read_timeout(Some(PATIENCE))?;
-                    stream.set_write_timeout(Some(PATIENCE))?;
-                    Ok(stream)
-                })?;
+                serve(control, move || listener.accept().map(|(stream, _)| stream))?;
                 Ok(Self {
                     _socket: Some(socket),
                 })
             }
             MetricsAddress::Loopback(address) => {
                 let listener = TcpListener::bind(address).map_err(failed)?;
-                serve(control, move || {
-                    let (stream, _) = listener.accept()?;
-                    stream.set_read_timeout(Some(PATIENCE))?;
-                    stream.set_write_timeout(Some(PATIENCE))?;
-                    Ok(stream)
-                })?;
+                serve(control, move || listener.accept().map(|(stream, _)| stream))?;
                 Ok(Self { _socket: None })
             }
         }
@@ -105,14 +97,18 @@ impl Metrics {
 
 /// Answers those whom `accept` lets in, one after the other, on a thread.
 #[expect(clippy::disallowed_methods, reason = "a socket needs a real thread")]
-fn serve<S: Read + Write>(
+fn serve<S: Read + Write + AsFd>(
     control: ControlHandle,
     mut accept: impl FnMut() -> io::Result<S> + Send + 'static,
 ) -> Result<(), Error> {
     let answer_all = move || {
         loop {
             // A client that goes away half way has no answer to want.
-            let answered = accept().and_then(|mut stream| answer(&mut stream, &control));
+            let answered = accept().and_then(|mut stream| {
+                set_socket_timeout(&stream, Timeout::Recv, Some(PATIENCE))?;
+                set_socket_timeout(&stream, Timeout::Send, Some(PATIENCE))?;
+                answer(&mut stream, &control)
+            });
             match answered {
                 Ok(true) => {}
                 Ok(false) => return,

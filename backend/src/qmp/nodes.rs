@@ -8,6 +8,7 @@ use blockcore::graph::Control;
 
 use super::Service;
 use super::command::Commands;
+use crate::config::is_identifier;
 use crate::qapi::QmpError;
 use crate::qapi::node::NodeOptions;
 use crate::qapi_struct;
@@ -88,14 +89,6 @@ fn refuse<T>(sentence: impl Into<String>) -> Result<T, QmpError> {
 
 fn is_node(control: &Control, name: &str) -> bool {
     control.read(|graph| graph.node(name).is_ok())
-}
-
-/// Whether a node may be called so: as QEMU has it.
-fn is_identifier(name: &str) -> bool {
-    let mut letters = name.bytes();
-    let first = letters.next();
-    first.is_some_and(|letter| letter.is_ascii_alphabetic())
-        && letters.all(|letter| letter.is_ascii_alphanumeric() || b"-._".contains(&letter))
 }
 
 async fn blockdev_add(

@@ -15,6 +15,7 @@ use serde_json::{Map, Value, json};
 
 use super::Service;
 use super::command::Commands;
+use crate::config::is_identifier;
 use crate::daemon::Daemon;
 use crate::qapi::{
     ErrorClass, Form, Input, Member, Members, Object, Qapi, QmpError, Schema, emit_object,
@@ -543,14 +544,6 @@ impl Objects {
         let gone = || QmpError::generic("the daemon is stopping");
         self.daemon.upgrade().ok_or_else(gone)
     }
-}
-
-/// As QEMU has it.
-fn is_identifier(id: &str) -> bool {
-    let mut letters = id.bytes();
-    let first = letters.next();
-    first.is_some_and(|letter| letter.is_ascii_alphabetic())
-        && letters.all(|letter| letter.is_ascii_alphanumeric() || b"-._".contains(&letter))
 }
 
 fn check_numbers(properties: &Value) -> Result<(), QmpError> {
