@@ -73,6 +73,16 @@ pub enum SocketAddress {
     Descriptor(i32),
 }
 
+impl SocketAddress {
+    /// The path, or `descriptor` with its number.
+    pub fn name(&self) -> String {
+        match self {
+            Self::Path(path) => path.display().to_string(),
+            Self::Descriptor(_) => self.to_string(),
+        }
+    }
+}
+
 impl fmt::Display for SocketAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

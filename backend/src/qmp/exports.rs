@@ -177,7 +177,7 @@ async fn query_block_exports(
             node_name: service.node_of(&config.id).unwrap_or_default(),
             shutting_down: view.is_going,
             connected: view.is_connected,
-            socket: config.socket.to_string().trim_matches('\'').to_owned(),
+            socket: config.socket.name(),
             held_requests: held.len() as u64,
             io_status: export.io_status().map(|status| status.name().to_owned()),
         });
