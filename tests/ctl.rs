@@ -1,6 +1,7 @@
 //! `stonework ctl`, as an operator types it: with `stonework daemon`, and with `qemu-storage-daemon`, which speaks
 //! the same protocol.
 
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -43,7 +44,8 @@ impl Peer {
             .stdin(Stdio::null())
             .spawn()
             .expect("it is installed");
-        eventually("it listens", || socket.exists());
+        // A socket is there a moment before somebody listens at it.
+        eventually("it listens", || UnixStream::connect(&socket).is_ok());
         Self { place, child }
     }
 
@@ -284,7 +286,7 @@ fn each_kind_of_failure_has_its_exit_status() {
             "{nobody:?}"
         );
         // One monitor serves one client at a time.
-        let first = std::os::unix::net::UnixStream::connect(peer.socket()).unwrap();
+        let first = UnixStream::connect(peer.socket()).unwrap();
         let second = peer.ctl(&["--timeout", "0.3", "node", "ls"]);
         assert_eq!(second.code, Some(4), "{second:?}");
         drop(first);

@@ -105,7 +105,13 @@ pub(crate) struct Client {
 impl Client {
     /// Connects and takes the greeting.
     pub(crate) fn connect(socket: &Path) -> Self {
-        let mut client = Self::of(UnixStream::connect(socket).unwrap());
+        // A socket is there a moment before somebody listens at it.
+        let mut stream = None;
+        eventually("somebody listens", || {
+            stream = UnixStream::connect(socket).ok();
+            stream.is_some()
+        });
+        let mut client = Self::of(stream.expect("just connected"));
         let greeting = client.next().expect("a greeting");
         assert_eq!(greeting["QMP"]["capabilities"], json!(["oob"]));
         assert_eq!(greeting["QMP"]["version"]["qemu"]["major"], 10);
