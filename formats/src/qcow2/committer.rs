@@ -89,11 +89,12 @@ impl Image {
 
     async fn round(&self, io: Io<'_>) -> Result<(), IoError> {
         self.check_whole()?;
+        self.check_not_lost()?;
         let segment = self.segment.as_ref();
         let mark = segment.map(|segment| segment.mark());
         let freed = self.limbo.take();
         let copies = self.copies();
-        if let Err(error) = self.write_back(io, &copies).await {
+        if let Err(error) = self.noted(self.write_back(io, &copies).await) {
             self.limbo.put_back(freed);
             return Err(error);
         }
