@@ -8,6 +8,8 @@
 #[cfg(not(loom))]
 pub mod file;
 #[cfg(not(loom))]
+pub mod nbd;
+#[cfg(not(loom))]
 pub mod null;
 #[cfg(not(loom))]
 pub mod probe;
