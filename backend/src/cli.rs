@@ -240,7 +240,7 @@ pub struct DaemonArgs {
     #[arg(long, value_name = "OPTIONS")]
     pub blockdev: Vec<String>,
     /// Offer a node: [type=]vhost-user-blk,id=ID,node-name=NAME,addr.type=unix,addr.path=PATH,... or
-    /// [type=]nbd,id=ID,node-name=NAME[,name=NAME][,writable=on],...
+    /// [type=]nbd,id=ID,node-name=NAME[,name=NAME,writable=on],...
     #[arg(long, value_name = "OPTIONS")]
     pub export: Vec<String>,
     #[expect(missing_docs, reason = "documented at its type")]
@@ -257,7 +257,7 @@ pub struct DaemonArgs {
     #[arg(long, value_name = "OPTIONS")]
     pub object: Vec<String>,
     /// Listen for NBD clients: addr.type=unix,addr.path=PATH or addr.type=inet,addr.host=HOST,addr.port=PORT
-    /// or addr.type=fd,addr.str=NUMBER[,max-connections=100][,handshake-max-seconds=10]
+    /// or addr.type=fd,addr.str=NUMBER[,max-connections=100,handshake-max-seconds=10]
     #[arg(long, value_name = "OPTIONS")]
     pub nbd_server: Vec<String>,
     /// Write the process's number to a file when all is started; it is locked, and removed at the end

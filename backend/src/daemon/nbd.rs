@@ -64,8 +64,8 @@ impl Daemon {
         let workers = self.workers_for(&config.iothreads, cores.try_into().unwrap_or(u16::MAX))?;
         let several = server.takes_several();
         let export = NbdExport::new(config, &self.control, workers, several).await?;
-        let is_here = self.nbd_server.borrow();
-        let is_here = is_here.as_ref().is_some_and(|now| Rc::ptr_eq(now, &server));
+        let now = self.nbd_server.borrow().clone();
+        let is_here = now.is_some_and(|now| Rc::ptr_eq(&now, &server));
         let added = match is_here && !self.quitting.get() {
             true => server.add(&export),
             false => Err(not_running()),

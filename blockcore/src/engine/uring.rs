@@ -82,9 +82,12 @@ struct Slots {
     free: Vec<usize>,
 }
 
+/// A socket, and who waits for it, unless that is forgotten.
+type Waited = (Arc<OwnedFd>, Option<Rc<Waiter>>);
+
 #[derive(Default)]
 struct Readies {
-    list: Vec<Option<(Arc<OwnedFd>, Option<Rc<Waiter>>)>>,
+    list: Vec<Option<Waited>>,
     free: Vec<usize>,
 }
 
