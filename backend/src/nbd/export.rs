@@ -1,6 +1,6 @@
 //! [`NbdExport`]: a node offered over NBD, and who is connected to it.
 //!
-//! Threads: the control thread; [`Facts`] are shared.
+//! Threads: the control thread; its facts are shared.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
