@@ -39,6 +39,7 @@ pub fn drivers() -> Vec<&'static DriverType> {
         &qcow2::QCOW2,
         &null::NULL_CO,
         &null::NULL_AIO,
+        &nbd::NBD,
     ];
     drivers.extend(blockcore::filter::drivers());
     drivers

@@ -210,40 +210,37 @@ impl ClientOption {
         Ok(parsed)
     }
 
-    /// The option as it is sent, header and data.
-    pub fn to_bytes(&self) -> Vec<u8> {
-        let mut data = Vec::new();
-        let option = match self {
-            Self::ExportName(name) => {
-                data.extend(name.as_bytes());
-                number::EXPORT_NAME
-            }
+    /// The number that replies to it have.
+    pub fn number(&self) -> u32 {
+        match self {
+            Self::ExportName(_) => number::EXPORT_NAME,
             Self::Abort => number::ABORT,
             Self::List => number::LIST,
             Self::StartTls => number::STARTTLS,
-            Self::Info(wanted) => {
-                wanted.put(&mut data);
-                number::INFO
-            }
-            Self::Go(wanted) => {
-                wanted.put(&mut data);
-                number::GO
-            }
+            Self::Info(_) => number::INFO,
+            Self::Go(_) => number::GO,
             Self::StructuredReply => number::STRUCTURED_REPLY,
-            Self::ListMetaContext(queries) => {
-                queries.put(&mut data);
-                number::LIST_META_CONTEXT
-            }
-            Self::SetMetaContext(queries) => {
-                queries.put(&mut data);
-                number::SET_META_CONTEXT
-            }
+            Self::ListMetaContext(_) => number::LIST_META_CONTEXT,
+            Self::SetMetaContext(_) => number::SET_META_CONTEXT,
             Self::ExtendedHeaders => number::EXTENDED_HEADERS,
             Self::Unknown(option) => *option,
-        };
+        }
+    }
+
+    /// The option as it is sent, header and data.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut data = Vec::new();
+        match self {
+            Self::ExportName(name) => data.extend(name.as_bytes()),
+            Self::Info(wanted) | Self::Go(wanted) => wanted.put(&mut data),
+            Self::ListMetaContext(queries) | Self::SetMetaContext(queries) => {
+                queries.put(&mut data);
+            }
+            _ => {}
+        }
         let mut bytes = Vec::with_capacity(OPTION_BYTES + data.len());
         bytes.extend(OPTION_MAGIC.to_be_bytes());
-        bytes.extend(option.to_be_bytes());
+        bytes.extend(self.number().to_be_bytes());
         bytes.extend((data.len() as u32).to_be_bytes());
         bytes.extend(data);
         bytes
