@@ -15,6 +15,7 @@ pub mod exports;
 pub mod info;
 pub mod json;
 pub mod monitor;
+pub mod nbd;
 pub mod nodes;
 pub mod objects;
 pub mod query;
@@ -86,6 +87,7 @@ impl Service {
         nodes::add(&mut commands);
         query::add(&mut commands);
         exports::add(&mut commands);
+        nbd::add(&mut commands);
         objects::add(&mut commands);
         devices::add(&mut commands);
         let service = Rc::new(Self {
