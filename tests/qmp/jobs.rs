@@ -457,13 +457,12 @@ fn failing(bench: &mut Bench, side: &str) {
             ),
         ),
     ] {
-        let reply = bench.call(
-            "blockdev-add",
-            json!({
-                "driver": "raw", "node-name": name,
-                "file": {"driver": "blkdebug", "image": zeroes, "inject-error": rules},
-            }),
-        );
+        let mut file = json!({"driver": "blkdebug", "image": zeroes});
+        if rules != json!([]) {
+            file["inject-error"] = rules;
+        }
+        let node = json!({"driver": "raw", "node-name": name, "file": file});
+        let reply = bench.call("blockdev-add", node);
         assert_eq!(reply, json!({"return": {}}));
     }
 }
@@ -521,6 +520,27 @@ fn jobs_are_cancelled_when_the_daemon_ends() {
         let mut said = vec![bench.call("blockdev-backup", spec)];
         said.push(bench.call("job-pause", json!({"id": "j"})));
         bench.until("paused");
+        said.push(bench.nodes());
+        said
+    });
+}
+
+#[test]
+fn a_snapshot_is_taken_as_qemus_is() {
+    compare(|bench| {
+        let mut said = Vec::new();
+        for (node, overlay) in [
+            ("none", "copy"),
+            ("base", "copy"),
+            ("top", "mid"),
+            ("top", "low"),
+            ("top", "copy"),
+            ("top", "other"),
+            ("copy", "other"),
+        ] {
+            let arguments = json!({"node": node, "overlay": overlay});
+            said.push(bench.call("blockdev-snapshot", arguments));
+        }
         said.push(bench.nodes());
         said
     });

@@ -168,6 +168,7 @@ mod recording;
 mod reopen;
 mod roots;
 mod shape;
+mod snapshot;
 mod typed;
 
 use std::cell::{Cell, RefCell};

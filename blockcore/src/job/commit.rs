@@ -83,26 +83,10 @@ impl Chain {
         if !self.reopened {
             return;
         }
-        if let Err(error) = set_read_only(control, self.base, true).await {
+        if let Err(error) = control.set_read_only(self.base, true).await {
             tracing::warn!(error = %error.report(), "the base of a commit stays open for writing");
         }
     }
-}
-
-pub(super) async fn set_read_only(
-    control: &Control,
-    node: NodeId,
-    read_only: bool,
-) -> Result<(), Error> {
-    let mut change = control.begin().await;
-    if control.read(|graph| graph.node_by_id(node).is_none()) {
-        return Ok(());
-    }
-    if let Err(error) = change.set_read_only(node, read_only).await {
-        change.abort().await;
-        return Err(error);
-    }
-    change.prepare().await?.commit().finish().await
 }
 
 /// Has the header of a node say another backing image; the node may be open for reading only.
@@ -113,10 +97,10 @@ pub(super) async fn rewrite_backing(
 ) -> Result<(), Error> {
     let read_only = control.read(|graph| graph.modes(overlay).read_only);
     if read_only {
-        set_read_only(control, overlay, false).await?;
+        control.set_read_only(overlay, false).await?;
     }
     let changed = control.change_backing_name(overlay, backing).await;
-    if read_only && let Err(error) = set_read_only(control, overlay, true).await {
+    if read_only && let Err(error) = control.set_read_only(overlay, true).await {
         tracing::warn!(error = %error.report(), "an overlay stays open for writing");
     }
     changed

@@ -236,6 +236,8 @@ pub(crate) struct Job {
     total: Cell<u64>,
     limit: RefCell<RateLimit>,
     io_status: Cell<IoStatus>,
+    /// Of a mirror that is over: whether the two were the same last.
+    was_synced: Cell<Option<bool>>,
     error: RefCell<Option<String>>,
     /// Something was asked of it, or it has another state.
     changed: Event,
@@ -259,6 +261,7 @@ impl Job {
             done: Cell::default(),
             total: Cell::default(),
             io_status: Cell::default(),
+            was_synced: Cell::default(),
             error: RefCell::default(),
             changed: Event::new(),
         })
@@ -294,7 +297,7 @@ impl Job {
             auto_dismiss: self.spec.auto_dismiss,
             actively_synced: match work {
                 Some(work) => work.actively_synced(),
-                None => (self.kind == JobKind::Mirror).then_some(false),
+                None => self.was_synced.get(),
             },
             error: self.error.borrow().clone(),
         }
@@ -579,6 +582,7 @@ impl Job {
             self.enter(JobState::Aborting);
         }
         work.clean(&self).await;
+        self.was_synced.set(work.actively_synced());
         // With what it has open.
         self.work.replace(None);
         drop(work);

@@ -280,7 +280,7 @@ impl Work for Stream {
             }
             if self.reopened {
                 let control = job.control();
-                let restored = super::commit::set_read_only(control, self.ends.overlay, true).await;
+                let restored = control.set_read_only(self.ends.overlay, true).await;
                 report(job, restored);
             }
         }
