@@ -39,6 +39,8 @@ pub mod filter;
 pub mod graph;
 #[cfg(not(loom))]
 pub mod io;
+#[cfg(not(loom))]
+pub mod job;
 pub mod mailbox;
 #[cfg(not(loom))]
 pub mod node;

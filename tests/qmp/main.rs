@@ -4,6 +4,8 @@ mod cli;
 mod client;
 mod compare;
 mod events;
+mod guest;
+mod jobs;
 mod monitors;
 mod peers;
 mod stream;

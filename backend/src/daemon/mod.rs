@@ -23,6 +23,7 @@ use blockcore::driver::DriverType;
 use blockcore::engine::{self, Event, WatchId};
 use blockcore::graph::{Control, Graph};
 use blockcore::io::IoContext;
+use blockcore::job::Jobs;
 use blockcore::mailbox::Mailbox;
 use blockcore::options::Options;
 
@@ -141,6 +142,7 @@ impl ControlHandle {
 pub struct Daemon {
     process: ProcessConfig,
     control: Control,
+    jobs: Jobs,
     calls: Arc<Mailbox<Call>>,
     /// What workers have to say of held requests.
     notices: Arc<Mailbox<Notice>>,
@@ -194,6 +196,7 @@ impl Daemon {
         control.set_runtime_directory(process.runtime_directory.clone());
         Ok(Rc::new(Self {
             process,
+            jobs: Jobs::new(&control),
             control,
             calls,
             notices,
@@ -236,6 +239,11 @@ impl Daemon {
         &self.control
     }
 
+    /// The jobs on its nodes.
+    pub fn jobs(&self) -> &Jobs {
+        &self.jobs
+    }
+
     /// The name of the engine that is used.
     pub fn engine_name(&self) -> &'static str {
         self.control.context().engine().name()
@@ -271,7 +279,7 @@ impl Daemon {
         }
     }
 
-    /// Serves until a signal or [`ControlHandle::quit`], then stops in order: connections, workers,
+    /// Serves until a signal or [`ControlHandle::quit`], then stops in order: connections, jobs, workers,
     /// a flush of every node, nodes.
     ///
     /// # Errors
@@ -364,6 +372,7 @@ impl Daemon {
         while !is_quiet() {
             self.turn(|_, _| {});
         }
+        self.block_on(|daemon| async move { daemon.jobs.cancel_all().await });
         self.stop_workers();
         let mut outcome = self.failure.take().map_or(Ok(()), Err);
         let closed = self.block_on(|daemon| async move { daemon.control.close_all().await });

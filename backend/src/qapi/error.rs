@@ -11,6 +11,8 @@ pub enum ErrorClass {
     CommandNotFound,
     /// What was named does not exist.
     DeviceNotFound,
+    /// There is no such job.
+    DeviceNotActive,
 }
 
 impl ErrorClass {
@@ -20,6 +22,7 @@ impl ErrorClass {
             Self::GenericError => "GenericError",
             Self::CommandNotFound => "CommandNotFound",
             Self::DeviceNotFound => "DeviceNotFound",
+            Self::DeviceNotActive => "DeviceNotActive",
         }
     }
 }

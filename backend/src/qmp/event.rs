@@ -6,9 +6,12 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use blockcore::io::policy::Action;
+use blockcore::job::{JobEvent, JobView};
 use blockcore::node;
 use serde_json::{Value, json};
 
+use super::jobs::{JobStatus, JobType};
 use crate::qapi::{Qapi, Schema};
 use crate::worker::{self, HoldEvent};
 use crate::{qapi_enum, qapi_struct};
@@ -96,6 +99,72 @@ qapi_struct! {
     }
 }
 
+qapi_struct! {
+    /// A job is in another state.
+    pub struct JobStatusChange {
+        /// Which.
+        id: String = "id",
+        /// The state.
+        status: JobStatus = "status",
+    }
+}
+
+qapi_struct! {
+    /// A job is over.
+    pub struct BlockJobCompleted {
+        /// What kind of job.
+        kind: JobType = "type",
+        /// Which.
+        device: String = "device",
+        /// How much there was to do, in bytes.
+        len: i64 = "len",
+        /// How much was done, in bytes.
+        offset: i64 = "offset",
+        /// Bytes per second, at most.
+        speed: i64 = "speed",
+        /// Why it failed, if it did.
+        error: Option<String> = "error",
+    }
+}
+
+qapi_struct! {
+    /// A job can be completed, or is over as it was told to give up.
+    pub struct BlockJobProgress {
+        /// What kind of job.
+        kind: JobType = "type",
+        /// Which.
+        device: String = "device",
+        /// How much there is to do, in bytes.
+        len: i64 = "len",
+        /// How much is done, in bytes.
+        offset: i64 = "offset",
+        /// Bytes per second, at most.
+        speed: i64 = "speed",
+    }
+}
+
+qapi_struct! {
+    /// A job waits to be finalized.
+    pub struct BlockJobPending {
+        /// What kind of job.
+        kind: JobType = "type",
+        /// Which.
+        id: String = "id",
+    }
+}
+
+qapi_struct! {
+    /// A job could not read or write something.
+    pub struct BlockJobError {
+        /// Which.
+        device: String = "device",
+        /// What it was.
+        operation: IoOperation = "operation",
+        /// What becomes of it.
+        action: IoAction = "action",
+    }
+}
+
 macro_rules! events {
     ($($variant:ident($type:ty) = $name:literal,)*) => {
         /// What happened.
@@ -133,6 +202,29 @@ events! {
     BlockIoError(BlockIoError) = "BLOCK_IO_ERROR",
     BlockWriteThreshold(BlockWriteThreshold) = "BLOCK_WRITE_THRESHOLD",
     BlockExportDeleted(BlockExportDeleted) = "BLOCK_EXPORT_DELETED",
+    JobStatusChange(JobStatusChange) = "JOB_STATUS_CHANGE",
+    BlockJobReady(BlockJobProgress) = "BLOCK_JOB_READY",
+    BlockJobPending(BlockJobPending) = "BLOCK_JOB_PENDING",
+    BlockJobCompleted(BlockJobCompleted) = "BLOCK_JOB_COMPLETED",
+    BlockJobCancelled(BlockJobProgress) = "BLOCK_JOB_CANCELLED",
+    BlockJobError(BlockJobError) = "BLOCK_JOB_ERROR",
+}
+
+/// A number of bytes as clients have them.
+fn signed(bytes: u64) -> i64 {
+    i64::try_from(bytes).unwrap_or(i64::MAX)
+}
+
+impl BlockJobProgress {
+    fn new(job: &JobView) -> Self {
+        Self {
+            kind: JobType::of(job.kind),
+            device: job.id.clone(),
+            len: signed(job.total),
+            offset: signed(job.done),
+            speed: signed(job.speed),
+        }
+    }
 }
 
 impl Event {
@@ -187,6 +279,46 @@ impl Event {
             nospace: Some(notice.no_space),
             reason: notice.message.clone(),
         }))
+    }
+
+    /// What happens to a job.
+    pub(super) fn of_job(event: &JobEvent) -> Self {
+        match event {
+            JobEvent::StatusChange { id, state } => Self::JobStatusChange(JobStatusChange {
+                id: id.clone(),
+                status: JobStatus::of(*state),
+            }),
+            JobEvent::Ready(job) => Self::BlockJobReady(BlockJobProgress::new(job)),
+            JobEvent::Cancelled(job) => Self::BlockJobCancelled(BlockJobProgress::new(job)),
+            JobEvent::Pending(job) => Self::BlockJobPending(BlockJobPending {
+                kind: JobType::of(job.kind),
+                id: job.id.clone(),
+            }),
+            JobEvent::Completed(job) => Self::BlockJobCompleted(BlockJobCompleted {
+                kind: JobType::of(job.kind),
+                device: job.id.clone(),
+                len: signed(job.total),
+                offset: signed(job.done),
+                speed: signed(job.speed),
+                error: job.error.clone(),
+            }),
+            JobEvent::Error {
+                id,
+                is_read,
+                action,
+            } => Self::BlockJobError(BlockJobError {
+                device: id.clone(),
+                operation: match is_read {
+                    true => IoOperation::Read,
+                    false => IoOperation::Write,
+                },
+                action: match action {
+                    Action::Report => IoAction::Report,
+                    Action::Ignore => IoAction::Ignore,
+                    Action::Stop => IoAction::Stop,
+                },
+            }),
+        }
     }
 
     /// As it is sent, with the time since 1970 at which it happened.

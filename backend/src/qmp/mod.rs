@@ -13,6 +13,7 @@ pub mod devices;
 pub mod event;
 pub mod exports;
 pub mod info;
+pub mod jobs;
 pub mod json;
 pub mod monitor;
 pub mod nbd;
@@ -90,6 +91,7 @@ impl Service {
         nbd::add(&mut commands);
         objects::add(&mut commands);
         devices::add(&mut commands);
+        jobs::add(&mut commands);
         let service = Rc::new(Self {
             daemon: Rc::downgrade(daemon),
             objects: Objects::new(daemon),
@@ -99,6 +101,12 @@ impl Service {
             chardevs: RefCell::default(),
             monitors: RefCell::default(),
             limiter: RefCell::default(),
+        });
+        let listener = Rc::downgrade(&service);
+        daemon.jobs().listen(move |event| {
+            if let Some(service) = listener.upgrade() {
+                service.emit(&Event::of_job(event));
+            }
         });
         let listener = Rc::downgrade(&service);
         daemon.listen(move |event| {

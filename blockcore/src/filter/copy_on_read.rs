@@ -62,6 +62,15 @@ async fn open(request: OpenRequest) -> Result<Opened, Error> {
     })
 }
 
+/// The halves of a node that copies from no deeper than `bottom`.
+pub(crate) fn opened(bottom: NodeId) -> Opened {
+    let bottom = Some(bottom);
+    Opened {
+        driver: Box::new(CopyOnReadDriver { bottom }),
+        io: Arc::new(CopyOnReadIo { bottom }),
+    }
+}
+
 async fn find_bottom(request: &OpenRequest, name: &str) -> Result<NodeId, Error> {
     let child = request.children[0].as_ref().expect("not optional");
     let entered = child.root.enter(RequestKind::Other, 0, 0).await;

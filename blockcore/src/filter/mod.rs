@@ -6,6 +6,7 @@ pub mod blkdebug;
 pub mod compress;
 pub mod copy_before_write;
 pub mod copy_on_read;
+pub(crate) mod link;
 pub mod preallocate;
 pub mod throttle;
 

@@ -36,6 +36,25 @@ pub enum Operation {
     Inactivate,
 }
 
+impl Operation {
+    /// All of them.
+    pub const ALL: &[Self] = &[
+        Self::BackupSource,
+        Self::BackupTarget,
+        Self::CommitSource,
+        Self::CommitTarget,
+        Self::ExternalSnapshot,
+        Self::InternalSnapshot,
+        Self::InternalSnapshotDelete,
+        Self::MirrorSource,
+        Self::MirrorTarget,
+        Self::Replace,
+        Self::Resize,
+        Self::Stream,
+        Self::Inactivate,
+    ];
+}
+
 /// Names one blocker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct BlockerId(u64);

@@ -756,6 +756,10 @@ impl Graph {
             let node = self.node_mut(id);
             node.limits = limits;
             let backing = node.driver.take().backing();
+            if node.backing != backing {
+                // The header says another than the one that was opened for it.
+                node.backing_opened = None;
+            }
             node.backing = backing;
         }
         resized

@@ -103,8 +103,8 @@ fn is_overridden(view: &View<'_>, id: NodeId, attached: Option<String>) -> bool 
     let header = match (&node.backing, opened) {
         (None, _) => "",
         (Some(_), Some(opened)) => opened,
-        // The header asks for one, and it was not opened for that.
-        (Some(_), None) => return true,
+        // It was not opened for that, but may be the one all the same.
+        (Some(backing), None) => &backing.name,
     };
     backing_overridden(header, attached.as_deref())
 }

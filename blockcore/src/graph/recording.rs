@@ -190,9 +190,33 @@ pub(super) async fn undo(control: &Control, written: Vec<Written>) {
     }
 }
 
-/// The tree below a node, identities left out.
+/// The node below those that jobs have put in, and that go with them.
+fn lasting(view: &View<'_>, mut id: NodeId) -> NodeId {
+    while view.shape.vertex(id).transient
+        && let Some(edge) = view.shape.child(id, 0)
+    {
+        id = edge.child;
+    }
+    id
+}
+
+/// A node and all that is below it, without what jobs have put in.
+fn lasting_below(view: &View<'_>, root: NodeId) -> BTreeSet<NodeId> {
+    let mut found = BTreeSet::new();
+    let mut next = vec![root];
+    while let Some(id) = next.pop() {
+        let id = lasting(view, id);
+        if found.insert(id) {
+            next.extend(view.shape.children(id).map(|(_, edge)| edge.child));
+        }
+    }
+    found
+}
+
+/// The tree below a node, identities left out. What a running job has put in is left out as well: a
+/// restart begins without the job.
 fn tree(view: &View<'_>, root: NodeId) -> Tree {
-    let ids = view.shape.below([root]);
+    let ids = lasting_below(view, root);
     let nodes = ids.into_iter().map(|id| {
         let vertex = view.shape.vertex(id);
         let node = view.node(id);
@@ -201,7 +225,11 @@ fn tree(view: &View<'_>, root: NodeId) -> Tree {
             let is_backing = spec.role.contains(Role::COW);
             let child = match view.shape.child(id, index) {
                 Some(edge) => ChildRecord::Node {
-                    name: view.shape.vertex(edge.child).name.to_string(),
+                    name: view
+                        .shape
+                        .vertex(lasting(view, edge.child))
+                        .name
+                        .to_string(),
                     implied: is_backing && !super::names::backing_is_overridden(view, id),
                 },
                 None if is_backing && node.backing_in_header().is_some() => ChildRecord::Absent,
@@ -217,7 +245,7 @@ fn tree(view: &View<'_>, root: NodeId) -> Tree {
         (vertex.name.to_string(), record)
     });
     Tree {
-        root: view.shape.vertex(root).name.to_string(),
+        root: view.shape.vertex(lasting(view, root)).name.to_string(),
         nodes: nodes.collect(),
     }
 }

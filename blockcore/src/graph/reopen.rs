@@ -75,6 +75,61 @@ impl Change {
                 gone.name
             )));
         }
+        self.reopen_queue(nodes, queue).await
+    }
+
+    /// Has nodes opened for writing that may only be read, or the other way round, with the files below
+    /// them: for a job that writes to an image which others only read. Options stay as they were given.
+    ///
+    /// The nodes stay drained until the change is over.
+    ///
+    /// # Errors
+    ///
+    /// As [`reopen`](Self::reopen).
+    pub(crate) async fn set_read_only(
+        &mut self,
+        node: NodeId,
+        read_only: bool,
+    ) -> Result<(), Error> {
+        let mut queue: Vec<Entry> = Vec::new();
+        let mut next = vec![node];
+        while let Some(id) = next.pop() {
+            let vertex = self.state().shape.vertex(id);
+            if vertex.modes.read_only == read_only || queue.iter().any(|entry| entry.node == id) {
+                continue;
+            }
+            let options = self.control().read(|graph| {
+                let node = self.state().node(graph, id);
+                let node = node.expect("every vertex of a shape has a node");
+                node.options.clone()
+            });
+            queue.push(Entry {
+                node: id,
+                name: Arc::clone(&vertex.name),
+                options,
+                before: vertex.modes,
+                modes: crate::driver::OpenModes {
+                    read_only,
+                    ..vertex.modes
+                },
+                root: None,
+            });
+            let shape = &self.state().shape;
+            let below = shape.children(id).map(|(_, edge)| edge);
+            // A backing image stays as it is, and a file that others have by name is theirs to open.
+            let own = below
+                .filter(|edge| !edge.role.contains(Role::COW) && !shape.vertex(edge.child).owned);
+            next.extend(own.map(|edge| edge.child));
+        }
+        let nodes = queue.iter().map(|entry| entry.node).collect();
+        self.reopen_queue(nodes, queue).await
+    }
+
+    async fn reopen_queue(
+        &mut self,
+        nodes: BTreeSet<NodeId>,
+        mut queue: Vec<Entry>,
+    ) -> Result<(), Error> {
         self.drain(Scope::Subtrees(nodes)).await;
         for entry in &mut queue {
             entry.root = self.flush_before(entry).await?;

@@ -31,6 +31,11 @@ pub(crate) struct Vertex {
     pub(crate) implicit: bool,
     /// Its format was guessed.
     pub(crate) probed: bool,
+    /// Put in by a job for as long as it runs: no part of what is recorded of an export's tree.
+    pub(crate) transient: bool,
+    /// What it defers to its backing node for is being overwritten there with what it holds itself, which
+    /// changes nothing that can be read through it.
+    pub(crate) being_committed: bool,
     /// The operator holds it by name: it stays when nobody uses it.
     pub(crate) owned: bool,
     /// The links of its chain down to there stay as they are.
@@ -48,6 +53,8 @@ impl Vertex {
             modes,
             implicit: false,
             probed: false,
+            transient: false,
+            being_committed: false,
             owned: false,
             keeps_chain_to: None,
             children: vec![None; kind.children.len()],
@@ -462,6 +469,7 @@ impl Shape {
             let vertex = self.vertex(id);
             let modes = vertex.modes;
             let kind = vertex.kind.kind;
+            let being_committed = vertex.being_committed;
             for edge in vertex.children.clone().into_iter().flatten() {
                 let Parent::Node(_, index) = self.edge(edge).parent else {
                     unreachable!("a child's edge begins at a node");
@@ -480,6 +488,10 @@ impl Shape {
                 );
                 if modes.force_share {
                     granted.shares = Permissions::all();
+                }
+                if being_committed && self.edge(edge).role.contains(Role::COW) {
+                    granted.needs -= Permissions::CONSISTENT_READ;
+                    granted.shares |= Permissions::WRITE | Permissions::RESIZE;
                 }
                 let edge = self.edge_mut(edge);
                 (edge.needs, edge.shares) = (granted.needs, granted.shares);

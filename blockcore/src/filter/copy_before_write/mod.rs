@@ -17,7 +17,7 @@ use std::time::Duration;
 use futures_util::FutureExt;
 
 pub use self::access::SNAPSHOT_ACCESS;
-use self::snapshot::{OnError, Snapshot};
+pub(crate) use self::snapshot::{OnError, Snapshot};
 use crate::Error;
 use crate::driver::{
     ChildPermissions, ChildQuery, ChildSpec, Driver, DriverIo, DriverType, Mapping, OpenRequest,
@@ -124,8 +124,7 @@ fn open(request: &OpenRequest) -> Result<Opened, Error> {
              {MAX_CLUSTER_BYTES}"
         )));
     }
-    let whole = u64::from(target.limits.cluster_bytes).next_power_of_two();
-    let cluster = MIN_CLUSTER_BYTES.max(least).max(whole);
+    let cluster = cluster_bytes(target.limits.cluster_bytes, least);
     let on_error = match options.text(OPTIONS, "on-cbw-error") {
         "break-snapshot" => OnError::BreakSnapshot,
         _ => OnError::BreakGuestWrite,
@@ -163,12 +162,23 @@ fn open(request: &OpenRequest) -> Result<Opened, Error> {
             source.name
         ))
     })?;
-    Ok(Opened {
+    Ok(opened(&Arc::new(snapshot)))
+}
+
+/// The halves of a node that keeps this snapshot.
+pub(crate) fn opened(snapshot: &Arc<Snapshot>) -> Opened {
+    Opened {
         driver: Box::new(CopyBeforeWrite),
         io: Arc::new(CopyBeforeWriteIo {
-            snapshot: Arc::new(snapshot),
+            snapshot: Arc::clone(snapshot),
         }),
-    })
+    }
+}
+
+/// The unit in which what a disk was is kept on a target whose clusters have so many bytes.
+pub(crate) fn cluster_bytes(target_cluster_bytes: u32, least_bytes: u64) -> u64 {
+    let whole = u64::from(target_cluster_bytes).next_power_of_two();
+    MIN_CLUSTER_BYTES.max(least_bytes).max(whole)
 }
 
 impl Driver for CopyBeforeWrite {

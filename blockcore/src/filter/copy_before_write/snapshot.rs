@@ -37,6 +37,7 @@ use crate::IoError;
 use crate::dirty_bitmap::bits::TooManyBits;
 use crate::dirty_bitmap::{Area, Bits};
 use crate::driver::{SnapshotIo, Status, StatusFlags, WriteFlags, ZeroFlags};
+use crate::filter::link::CopyFailure;
 use crate::io::buffer::Segments;
 use crate::io::tracked::{Tracked, Tracker};
 use crate::io::{Io, IoFuture, align};
@@ -50,7 +51,7 @@ const TARGET: usize = 1;
 
 /// What breaks when something cannot be copied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum OnError {
+pub(crate) enum OnError {
     /// The guest's request.
     BreakGuestWrite,
     /// The snapshot.
@@ -58,7 +59,7 @@ pub(super) enum OnError {
 }
 
 /// See the module's header.
-pub(super) struct Snapshot {
+pub(crate) struct Snapshot {
     bytes: u64,
     cluster: u64,
     left: Bits,
@@ -77,7 +78,7 @@ impl Snapshot {
     /// # Errors
     ///
     /// [`TooManyBits`] if there are too many clusters.
-    pub(super) fn new(
+    pub(crate) fn new(
         bytes: u64,
         cluster: u64,
         only: Option<&Bits>,
@@ -139,9 +140,50 @@ impl Snapshot {
 
     async fn copy(&self, io: Io<'_>, begin: u64, end: u64) -> Result<(), IoError> {
         match self.turn(begin, end, true).await {
-            Some(_turn) => self.copy_left(io, begin, end).await,
+            Some(_turn) => {
+                let copied = self.copy_left(io, begin, end, false).await;
+                copied.map_err(|failure| failure.error)
+            }
             None => Ok(()),
         }
+    }
+
+    /// Copies what is left of a range, for a job that is to have all of it in the target; with
+    /// `own_layer_only` what the source has from its backing node is left out. `io` is the
+    /// copy-before-write node.
+    ///
+    /// # Errors
+    ///
+    /// What could not be read or written, which is left still; [`IoError::Failed`] of the source once the
+    /// snapshot has been given up.
+    pub(crate) async fn copy_out(
+        &self,
+        io: Io<'_>,
+        offset: u64,
+        bytes: u64,
+        own_layer_only: bool,
+    ) -> Result<(), CopyFailure> {
+        let lost = || CopyFailure::source(IoError::Failed);
+        let (begin, end) = self.clusters(offset, bytes);
+        let _turn = self.turn(begin, end, true).await.ok_or_else(lost)?;
+        self.copy_left(io, begin, end, own_layer_only).await?;
+        self.check().map_err(|_| lost())
+    }
+
+    /// Makes durable what was copied.
+    pub(crate) async fn flush_target(&self, io: Io<'_>) -> Result<(), CopyFailure> {
+        let flushed = io.child(TARGET).flush().boxed_local();
+        flushed.await.map_err(CopyFailure::target)
+    }
+
+    /// Whether something could not be copied in time, so that it is lost.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.is_broken()
+    }
+
+    /// What has not been copied.
+    pub(crate) fn left(&self) -> &Bits {
+        &self.left
     }
 
     async fn copy_within(
@@ -165,7 +207,10 @@ impl Snapshot {
                 Either::Right(_) => return,
             };
             let copied = match &turn {
-                Some(_) => this.copy_left(request.io(), begin, end).await,
+                Some(_) => {
+                    let copied = this.copy_left(request.io(), begin, end, false).await;
+                    copied.map_err(|failure| failure.error)
+                }
                 None => Ok(()),
             };
             drop(turn);
@@ -179,35 +224,72 @@ impl Snapshot {
     }
 
     /// Copies clusters whose turn it is.
-    async fn copy_left(&self, io: Io<'_>, begin: u64, end: u64) -> Result<(), IoError> {
+    async fn copy_left(
+        &self,
+        io: Io<'_>,
+        begin: u64,
+        end: u64,
+        own_layer_only: bool,
+    ) -> Result<(), CopyFailure> {
         let most = PIECE_BYTES.max(self.cluster);
         for area in self.left.areas(begin, end - begin, most) {
             if self.is_broken() {
                 break;
             }
-            self.copy_area(io, area).await?;
-            // Copied before it is not left any more: readers want either.
-            self.copied.set(area.offset, area.bytes);
+            let wanted = !own_layer_only || self.is_in_own_layer(io, area).await?;
+            if wanted {
+                self.copy_area(io, area).await?;
+                // Copied before it is not left any more: readers want either.
+                self.copied.set(area.offset, area.bytes);
+                self.copied_bytes.fetch_add(area.bytes, Ordering::Relaxed);
+            }
             self.left.clear(area.offset, area.bytes);
-            self.copied_bytes.fetch_add(area.bytes, Ordering::Relaxed);
         }
         Ok(())
     }
 
-    async fn copy_area(&self, io: Io<'_>, area: Area) -> Result<(), IoError> {
-        let data = Segments::allocate(area.bytes as usize, 4096);
-        let (source, target) = (io.child(SOURCE), io.child(TARGET));
-        source.read(area.offset, data.clone()).await?;
-        match data.is_zero() {
-            true => {
-                let zeroed = target.write_zeroes(area.offset, area.bytes, ZeroFlags::MAY_UNMAP);
-                zeroed.boxed_local().await
+    /// Whether the source itself has something of an area, and not only its backing node.
+    async fn is_in_own_layer(&self, io: Io<'_>, area: Area) -> Result<bool, CopyFailure> {
+        let mut done = 0;
+        while done < area.bytes {
+            let (offset, bytes) = (area.offset + done, area.bytes - done);
+            let allocated = io.child(SOURCE).is_allocated(offset, bytes).boxed_local();
+            let (is_allocated, alike) = allocated.await.map_err(CopyFailure::source)?;
+            if is_allocated || alike == 0 {
+                return Ok(true);
             }
-            false => {
-                let written = target.write(area.offset, data, WriteFlags::empty());
-                written.boxed_local().await
-            }
+            done += alike;
         }
+        Ok(false)
+    }
+
+    async fn copy_area(&self, io: Io<'_>, area: Area) -> Result<(), CopyFailure> {
+        let (source, target) = (io.child(SOURCE), io.child(TARGET));
+        let status = source
+            .status_above(|_| false, true, area.offset, area.bytes)
+            .boxed_local();
+        // An error here only means that it has to be read to see what it is.
+        let hole = status.await.is_ok_and(|(status, _)| {
+            status.flags.contains(StatusFlags::ZERO) && status.bytes >= area.bytes
+        });
+        let data = match hole {
+            true => None,
+            false => {
+                let data = Segments::allocate(area.bytes as usize, 4096);
+                let read = source.read(area.offset, data.clone()).boxed_local();
+                read.await.map_err(CopyFailure::source)?;
+                Some(data).filter(|data| !data.is_zero())
+            }
+        };
+        let written = match data {
+            None => target
+                .write_zeroes(area.offset, area.bytes, ZeroFlags::MAY_UNMAP)
+                .boxed_local(),
+            Some(data) => target
+                .write(area.offset, data, WriteFlags::empty())
+                .boxed_local(),
+        };
+        written.await.map_err(CopyFailure::target)
     }
 
     /// The whole clusters that a range touches; the last may end with the disk.
