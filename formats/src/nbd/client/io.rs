@@ -180,6 +180,7 @@ impl Client {
     /// Connects, at least once, until nobody waits for it any more.
     async fn reconnect(&self, context: &IoContext, since: Duration) -> Result<Arc<Link>, IoError> {
         let mut pause = FIRST_PAUSE;
+        let mut is_said = false;
         loop {
             let changed = self.changed.listen();
             // With a section that has begun before it is one attempt, which the next request begins.
@@ -202,10 +203,11 @@ impl Client {
                     tracing::info!(server = self.asked.address.shown(), "connected again");
                     return Ok(link);
                 }
-                Err(error) => {
+                Err(error) if !std::mem::replace(&mut is_said, true) => {
                     let error = error.report();
                     tracing::warn!(error, "cannot connect again");
                 }
+                Err(error) => tracing::debug!(error = error.report(), "cannot connect again"),
             }
             if self.gives_up(context, since) {
                 return Err(IoError::Failed);
