@@ -25,6 +25,8 @@ use crate::nbd::codec::{Errno, ExportFlags};
 
 /// Longest that one attempt to connect takes; who has not answered then does not.
 const ATTEMPT: Duration = Duration::from_secs(10);
+/// Longest that saying goodbye takes.
+const GOODBYE: Duration = Duration::from_secs(1);
 /// Until the second attempt; then twice as long each time, up to `LONGEST_PAUSE`.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
@@ -132,7 +134,10 @@ impl Client {
             State::Down(_) | State::Connecting(_) => None,
         };
         if let Some(link) = link {
-            link.end(context).await;
+            let goodbye = pin!(link.end(context));
+            // One that does not read is left without.
+            select(goodbye, pin!(context.delay(GOODBYE))).await;
+            link.lose();
         }
     }
 
