@@ -103,6 +103,8 @@ impl Copying {
         let mut copied = Copied::default();
         let mut next = 0;
         let mut failed = None;
+        // Whether something of this pass has to be tried again.
+        let mut tries_again = false;
         loop {
             let told = job.listen();
             if (job.must_stop() || failed.is_some()) && under_way.is_empty() {
@@ -128,11 +130,12 @@ impl Copying {
                     continue;
                 }
                 if under_way.is_empty() {
-                    if self.left_bytes() <= enough() {
+                    let enough = if tries_again { 0 } else { enough() };
+                    if self.left_bytes() <= enough {
                         return Ok(copied);
                     }
                     // From the beginning: what was changed meanwhile, or failed.
-                    next = 0;
+                    (next, tries_again) = (0, false);
                     continue;
                 }
             }
@@ -144,6 +147,7 @@ impl Copying {
             match result {
                 Ok(()) => self.count(job, area.bytes),
                 Err(failure) => {
+                    tries_again = true;
                     failed = self.handle(job, area, failure, &mut copied).await.err();
                 }
             }
