@@ -195,12 +195,22 @@ impl Listener {
     ///
     /// The host's refusal.
     pub fn accept(&self) -> std::io::Result<Option<Connection>> {
+        let socket = self.accept_socket()?;
+        Ok(socket.map(Connection::socket))
+    }
+
+    /// As [`accept`](Self::accept), the socket itself.
+    ///
+    /// # Errors
+    ///
+    /// The host's refusal.
+    pub fn accept_socket(&self) -> std::io::Result<Option<OwnedFd>> {
         let accepted: std::io::Result<OwnedFd> = match self {
             Self::Unix(listener, _) => listener.accept().map(|(stream, _)| stream.into()),
             Self::Inet(listener) => listener.accept().map(|(stream, _)| stream.into()),
         };
         match accepted {
-            Ok(socket) => Ok(Some(Connection::socket(socket))),
+            Ok(socket) => Ok(Some(socket)),
             Err(error) if error.kind() == IoErrorKind::WouldBlock => Ok(None),
             Err(error) => Err(error),
         }
@@ -413,6 +423,24 @@ fn open_socket(socket: &ChardevSocket) -> Result<(String, Source), String> {
         listener.set_nonblocking().map_err(|error| reason(&error))?;
     }
     Ok((about, source))
+}
+
+/// Listens where `addr` says.
+///
+/// # Errors
+///
+/// What is wrong with it, or the host's refusal.
+pub fn listen(addr: &SocketAddress) -> Result<Listener, String> {
+    let socket = ChardevSocket {
+        addr: addr.clone(),
+        server: Some(true),
+        wait: None,
+        nodelay: None,
+    };
+    match open_socket(&socket)? {
+        (_, Source::Listener(listener)) => Ok(listener),
+        (_, Source::Once(_)) => unreachable!("a server listens"),
+    }
 }
 
 fn with_number(inet: &InetAddress) -> Result<(&str, u16), String> {

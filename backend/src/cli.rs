@@ -11,8 +11,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde_json::Value;
 
 use crate::config::{
-    DEFAULT_POLL, EXPORT_OPTIONS, ExportConfig, MAX_QUEUES, ProcessConfig,
-    default_runtime_directory, parse_cpus,
+    AnyExportConfig, DEFAULT_POLL, MAX_QUEUES, ProcessConfig, default_runtime_directory, parse_cpus,
 };
 use crate::ctl::cli::CtlArgs;
 use crate::daemon::Daemon;
@@ -240,7 +239,8 @@ pub struct DaemonArgs {
     /// Open a node: [driver=]DRIVER,node-name=NAME,key=value,...; ',,' is a comma
     #[arg(long, value_name = "OPTIONS")]
     pub blockdev: Vec<String>,
-    /// Offer a node: [type=]vhost-user-blk,id=ID,node-name=NAME,addr.type=unix,addr.path=PATH,...
+    /// Offer a node: [type=]vhost-user-blk,id=ID,node-name=NAME,addr.type=unix,addr.path=PATH,... or
+    /// [type=]nbd,id=ID,node-name=NAME[,name=NAME,writable=on],...
     #[arg(long, value_name = "OPTIONS")]
     pub export: Vec<String>,
     #[expect(missing_docs, reason = "documented at its type")]
@@ -256,8 +256,9 @@ pub struct DaemonArgs {
     /// Make an object: [qom-type=]TYPE,id=ID,key=value,...; 'help' lists the types, 'TYPE,help' what one takes
     #[arg(long, value_name = "OPTIONS")]
     pub object: Vec<String>,
-    /// Not in this version
-    #[arg(long, hide = true)]
+    /// Listen for NBD clients: addr.type=unix,addr.path=PATH or addr.type=inet,addr.host=HOST,addr.port=PORT
+    /// or addr.type=fd,addr.str=NUMBER[,max-connections=100,handshake-max-seconds=10]
+    #[arg(long, value_name = "OPTIONS")]
     pub nbd_server: Vec<String>,
     /// Write the process's number to a file when all is started; it is locked, and removed at the end
     #[arg(long, value_name = "PATH")]
@@ -271,20 +272,6 @@ pub struct DaemonArgs {
 }
 
 impl DaemonArgs {
-    /// Refuses what later versions will have.
-    ///
-    /// # Errors
-    ///
-    /// [`blockcore::ErrorKind::Unsupported`], naming the option.
-    pub fn check(&self) -> Result<(), Error> {
-        if !self.nbd_server.is_empty() {
-            return Err(Error::unsupported(
-                "option --nbd-server of qemu-storage-daemon is not in this version of stonework",
-            ));
-        }
-        Ok(())
-    }
-
     /// What is to be logged besides what is anyway: targets, `tracing`'s word for parts of a program.
     ///
     /// # Errors
@@ -356,9 +343,9 @@ pub fn node_options(text: &str, graph: &Graph) -> Result<Options, Error> {
 /// # Errors
 ///
 /// As [`node_options`].
-pub fn export_config(text: &str) -> Result<ExportConfig, Error> {
+pub fn export_config(text: &str) -> Result<AnyExportConfig, Error> {
     let (options, form) = schema_options(text, "type")?;
-    ExportConfig::from_options(&options, form)
+    AnyExportConfig::from_options(&options, form)
 }
 
 /// Reads what `--export` takes, each value in its type.
@@ -368,8 +355,9 @@ pub fn export_config(text: &str) -> Result<ExportConfig, Error> {
 /// As [`node_options`].
 pub fn export_options(text: &str) -> Result<Options, Error> {
     let (options, form) = schema_options(text, "type")?;
-    ExportConfig::from_options(&options, form)?;
-    options.typed(&[EXPORT_OPTIONS], form, "", "an export", &[])
+    AnyExportConfig::from_options(&options, form)?;
+    let table = AnyExportConfig::table(&options);
+    options.typed(&[table], form, "", "an export", &[])
 }
 
 /// Options as `key=value` or, where they begin with a brace, as JSON.

@@ -9,6 +9,9 @@ use blockcore::engine::EngineChoice;
 use blockcore::io::policy::{ErrorPolicy, OnError};
 use blockcore::options::{Form, OptionKind, OptionSpec, Options};
 
+use crate::nbd::config::NBD_EXPORT_OPTIONS;
+use crate::nbd::{self, NbdExportConfig};
+
 /// Everything that holds for the whole process.
 #[derive(Clone, Debug)]
 pub struct ProcessConfig {
@@ -119,8 +122,59 @@ pub struct ExportConfig {
     pub retry_held: Option<Duration>,
 }
 
+/// An export of any kind.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AnyExportConfig {
+    /// Over vhost-user-blk.
+    VhostUser(ExportConfig),
+    /// Over NBD.
+    Nbd(NbdExportConfig),
+}
+
+impl AnyExportConfig {
+    /// Reads the options of `--export`, given in this form.
+    ///
+    /// # Errors
+    ///
+    /// The first option that is missing, unknown or out of range.
+    pub fn from_options(options: &Options, form: Form) -> Result<Self, Error> {
+        match options.get("type") {
+            Some(nbd::config::TYPE) => NbdExportConfig::from_options(options, form).map(Self::Nbd),
+            _ => ExportConfig::from_options(options, form).map(Self::VhostUser),
+        }
+    }
+
+    /// The table of an export's options, by the kind that they say it is.
+    pub fn table(options: &Options) -> &'static [OptionSpec] {
+        match options.get("type") {
+            Some(nbd::config::TYPE) => NBD_EXPORT_OPTIONS,
+            _ => EXPORT_OPTIONS,
+        }
+    }
+
+    /// Its name in this process.
+    pub fn id(&self) -> &str {
+        match self {
+            Self::VhostUser(config) => &config.id,
+            Self::Nbd(config) => &config.id,
+        }
+    }
+}
+
+impl From<ExportConfig> for AnyExportConfig {
+    fn from(config: ExportConfig) -> Self {
+        Self::VhostUser(config)
+    }
+}
+
+impl From<NbdExportConfig> for AnyExportConfig {
+    fn from(config: NbdExportConfig) -> Self {
+        Self::Nbd(config)
+    }
+}
+
 /// Kinds of exports.
-pub const EXPORT_TYPES: &[&str] = &["vhost-user-blk"];
+pub const EXPORT_TYPES: &[&str] = &["vhost-user-blk", "nbd"];
 
 /// The options of `--export`.
 pub const EXPORT_OPTIONS: &[OptionSpec] = &[
@@ -219,7 +273,7 @@ pub const EXPORT_OPTIONS: &[OptionSpec] = &[
     ),
 ];
 
-const fn option(
+pub(crate) const fn option(
     name: &'static str,
     kind: OptionKind,
     default: Option<&'static str>,

@@ -14,6 +14,7 @@ pub mod export;
 pub mod img;
 pub mod inherited;
 pub mod metrics;
+pub mod nbd;
 pub mod pidfile;
 pub mod polling;
 pub mod qapi;

@@ -14,6 +14,7 @@ use backend::cli::{
 use backend::ctl;
 use backend::daemon::Daemon;
 use backend::img::{self, cli::ImgArgs};
+use backend::nbd::ServerOptions;
 use backend::pidfile::Pidfile;
 use backend::qmp::objects;
 use backend::serve::{self, Probe};
@@ -213,7 +214,6 @@ fn run_daemon(
     given: &ArgMatches,
     background: Option<Background>,
 ) -> Result<(), Error> {
-    args.check()?;
     let signals = Signals::register()?;
     let daemon = Daemon::new(args.process.config(), formats::drivers())?;
     let started = build_daemon(&daemon, args, given).and_then(|()| {
@@ -243,7 +243,7 @@ fn run_daemon(
 /// Does what the options say, in the order in which they stand.
 fn build_daemon(daemon: &Rc<Daemon>, args: &DaemonArgs, given: &ArgMatches) -> Result<(), Error> {
     type Add = fn(&Rc<Daemon>, &str) -> Result<(), Error>;
-    let kinds: [(&str, &[String], Add); 5] = [
+    let kinds: [(&str, &[String], Add); 6] = [
         ("blockdev", &args.blockdev, |daemon, text| {
             let options = daemon.control().read(|graph| node_options(text, graph))?;
             daemon.block_on(|daemon| async move { daemon.add_node(options).await })
@@ -251,6 +251,11 @@ fn build_daemon(daemon: &Rc<Daemon>, args: &DaemonArgs, given: &ArgMatches) -> R
         ("export", &args.export, |daemon, text| {
             let config = export_config(text)?;
             daemon.block_on(|daemon| async move { daemon.add_export(config).await })
+        }),
+        ("nbd_server", &args.nbd_server, |daemon, text| {
+            let (value, form) = parse_value(text, "addr.type")?;
+            let options = daemon.service().commands().parse_option(&value, form)?;
+            daemon.start_nbd_server(&ServerOptions::from_flag(options)?)
         }),
         ("object", &args.object, |daemon, text| {
             let (value, form) = parse_value(text, "qom-type")?;
@@ -281,7 +286,10 @@ fn build_daemon(daemon: &Rc<Daemon>, args: &DaemonArgs, given: &ArgMatches) -> R
     all.sort_by_key(|(place, ..)| *place);
     for (_, name, text, add) in all {
         add(daemon, text).map_err(|error| {
-            Error::new(error.kind(), format!("--{name} {text}: {}", error.report()))
+            Error::new(
+                error.kind(),
+                format!("--{} {text}: {}", name.replace('_', "-"), error.report()),
+            )
         })?;
     }
     Ok(())

@@ -8,6 +8,8 @@
 #[cfg(not(loom))]
 pub mod file;
 #[cfg(not(loom))]
+pub mod nbd;
+#[cfg(not(loom))]
 pub mod null;
 #[cfg(not(loom))]
 pub mod probe;
@@ -37,6 +39,7 @@ pub fn drivers() -> Vec<&'static DriverType> {
         &qcow2::QCOW2,
         &null::NULL_CO,
         &null::NULL_AIO,
+        &nbd::NBD,
     ];
     drivers.extend(blockcore::filter::drivers());
     drivers

@@ -2,7 +2,9 @@
 
 use std::rc::Rc;
 
+use blockcore::Error;
 use blockcore::io::Root;
+use blockcore::options::Options;
 use harness::overlay::DATA_OFFSET;
 
 use crate::setup::{Machine, pattern};
@@ -68,4 +70,48 @@ fn what_was_made_ahead_is_cut_off_when_the_node_becomes_read_only() {
     reopened.unwrap();
     assert_eq!(host_bytes(&machine), DATA_OFFSET + 12288);
     assert_eq!(seen_above(&machine), DATA_OFFSET + 12288);
+}
+
+/// From then on whoever is above writes to the file itself, past where the data ended.
+#[test]
+fn what_was_made_ahead_is_cut_off_before_the_node_is_taken_out_of_a_chain() {
+    let machine = Machine::new(1);
+    machine.create_file("/disk", DATA_OFFSET);
+    machine.add("driver=file,node-name=file,filename=/disk");
+    machine.add(
+        "driver=overlay,node-name=top,cluster-size=4K,size=1M,file.driver=preallocate,\
+         file.prealloc-align=64K,file.prealloc-size=256K,file.file=file",
+    );
+    let root = machine.root("top");
+    machine.write(&root, 0, &pattern(1, 4096)).unwrap();
+    assert!(host_bytes(&machine) > DATA_OFFSET + 4096);
+    let options = Options::parse("driver=overlay,node-name=top,file=file", None).unwrap();
+    let control = machine.control.clone();
+    let closing = machine.run(async move {
+        let mut change = control.begin().await;
+        change.reopen(vec![options]).await?;
+        Ok::<_, Error>(change.prepare().await?.commit())
+    });
+    let closing = closing.unwrap();
+    // The filter is not closed yet.
+    assert_eq!(host_bytes(&machine), DATA_OFFSET + 4096);
+    machine.write(&root, 8192, &pattern(2, 4096)).unwrap();
+    machine.run(closing.finish()).unwrap();
+    assert!(machine.read(&root, 0, 4096).unwrap() == pattern(1, 4096));
+    assert!(machine.read(&root, 8192, 4096).unwrap() == pattern(2, 4096));
+}
+
+#[test]
+fn what_was_made_ahead_is_cut_off_of_a_file_that_is_written_only_while_somebody_does() {
+    let machine = Machine::new(1);
+    machine.create_file("/disk", DATA_OFFSET);
+    machine.add("driver=file,node-name=file,filename=/disk,auto-read-only=on");
+    machine.add("driver=preallocate,node-name=ahead,file=file");
+    machine.add("driver=overlay,node-name=top,cluster-size=4K,size=1M,file=ahead");
+    let root = machine.root("top");
+    machine.write(&root, 0, &pattern(1, 4096)).unwrap();
+    machine.remove_root(root);
+    machine.remove("top").unwrap();
+    machine.remove("ahead").unwrap();
+    assert_eq!(host_bytes(&machine), DATA_OFFSET + 4096);
 }

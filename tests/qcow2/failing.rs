@@ -14,6 +14,7 @@ use blockcore::options::Options;
 use harness::history;
 
 use crate::setup::{Images, contents, qemu, qemu_output};
+use crate::world::assert_usable;
 
 /// More than the refcount table of a new image with the smallest clusters and the widest counts is for.
 const DISK_BYTES: u64 = 3 << 20;
@@ -26,7 +27,8 @@ const SEEDS: u64 = 8;
 
 async fn open(context: &Rc<IoContext>) -> (Control, Rc<Root>, RootId) {
     let control = Control::new(Graph::new(formats::drivers()), Rc::clone(context));
-    let options = format!("driver=qcow2,node-name=disk,file.driver=file,file.filename={PATH}");
+    let file = format!("file.driver=file,file.node-name=file,file.filename={PATH}");
+    let options = format!("driver=qcow2,node-name=disk,{file}");
     let options = Options::parse(&options, None).expect("well-formed");
     control.add(options).await.expect("it can be opened");
     let spec = RootSpec::writer("a guest");
@@ -153,4 +155,54 @@ fn a_compressed_write_that_fails_gives_its_place_back() {
         .map(|seed| check(seed, "cluster_size=4096", true, 30))
         .sum();
     assert!(failed > SEEDS, "{failed}");
+}
+
+/// Linux has marked clean what it did not write, so what the image was told is there may not be.
+#[test]
+fn nothing_is_built_on_a_flush_that_was_lost_even_if_the_file_is_opened_again() {
+    let images = Images::new();
+    let image = images.path("image");
+    let name = image.to_str().unwrap();
+    qemu("qemu-img", &["create", "-f", "qcow2", name, "64M"]);
+    let bytes = std::fs::read(&image).expect("just made");
+    let simulation = Rc::new(Simulation::new(1));
+    simulation.load_file(PATH, FileProperties::default(), &bytes);
+    let worker = simulation.worker();
+    let context = Rc::clone(worker.context());
+    let world = Rc::clone(&simulation);
+    let done = simulation.run(&worker, LIMIT, async move {
+        let flush = async |root: &Rc<Root>| {
+            let request = root.enter(RequestKind::Flush, 0, 0).await;
+            request.flush().await
+        };
+        let (control, root, id) = open(&context).await;
+        write(&root, false, 0, PIECE_BYTES).await?;
+        world.set_faults(Faults {
+            sync_error_permille: 1000,
+            ..Faults::default()
+        });
+        assert_eq!(flush(&root).await, Err(IoError::FlushLost));
+        world.set_faults(Faults::default());
+        assert_eq!(flush(&root).await, Err(IoError::FlushLost));
+        let file = format!("driver=file,node-name=file,filename={PATH}");
+        let file = Options::parse(&file, None).expect("well-formed");
+        let reopened = control.reopen(vec![file]).await;
+        reopened.unwrap_or_else(|error| panic!("{}", error.report()));
+        write(&root, false, 1 << 20, PIECE_BYTES).await?;
+        assert_eq!(flush(&root).await, Err(IoError::FlushLost));
+        // Whoever closes it is told, and what opens it next finds what there is.
+        assert!(close((control, root, id)).await.is_err());
+        let (control, root, id) = open(&context).await;
+        write(&root, false, 0, PIECE_BYTES).await?;
+        write(&root, false, 1 << 20, PIECE_BYTES).await?;
+        assert_eq!(flush(&root).await, Ok(()));
+        let closed = close((control, root, id)).await;
+        closed.unwrap_or_else(|error| panic!("{}", error.report()));
+        Ok::<_, IoError>(())
+    });
+    done.unwrap_or_else(|stuck| panic!("{stuck}"))
+        .expect("nothing fails for another reason");
+    let left = simulation.contents(PATH).expect("it is there");
+    std::fs::write(&image, left).expect("there is room");
+    assert_usable(&image, "after a lost flush");
 }

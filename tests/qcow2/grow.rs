@@ -3,14 +3,17 @@
 use std::rc::Rc;
 use std::time::Duration;
 
-use blockcore::driver::Preallocation;
+use blockcore::IoError;
+use blockcore::driver::{Preallocation, WriteFlags};
 use blockcore::engine::sim::{FileProperties, Simulation};
 use blockcore::engine::{EngineChoice, make};
-use blockcore::graph::{Control, Graph};
+use blockcore::graph::{Control, Graph, RootSpec};
 use blockcore::io::IoContext;
+use blockcore::io::buffer::Segments;
 use blockcore::options::Options;
 
 use crate::setup::{Images, assert_clean, qemu};
+use crate::world::{self, World};
 
 /// Simulated time after which a test is stuck.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -62,4 +65,36 @@ fn a_full_image_grows_whose_refcount_blocks_are_not_all_in_memory() {
     });
     let grown = grown.unwrap_or_else(|stuck| panic!("{stuck}"));
     grown.unwrap_or_else(|error| panic!("{}", error.report()));
+}
+
+/// Nobody asks for a flush, and all tables fit in memory.
+#[test]
+fn first_writes_scattered_over_a_disk_are_not_written_back_one_table_after_the_other() {
+    const CLUSTER: u64 = 4096;
+    const WRITES: u64 = 400;
+    let images = Images::new();
+    let image = images.path("image");
+    let path = image.to_str().unwrap();
+    let create = ["create", "-f", "qcow2", "-o", "cluster_size=4k", path, "1G"];
+    qemu("qemu-img", &create);
+    let bytes = std::fs::read(image).expect("just made");
+    let world = World::opened(1, &bytes);
+    let written = world.run(|control| async move {
+        let id = control.add_root("disk", RootSpec::writer("a guest")).await;
+        let root = control
+            .root_here(id.expect("it is free"))
+            .expect("just made");
+        // Each below a table of its own: most of the 512 tables that there are.
+        for table in 0..WRITES {
+            let from = Segments::allocate(512, 512);
+            from.fill(7);
+            let offset = table * (CLUSTER / 8) * CLUSTER;
+            root.write(offset, from, WriteFlags::empty()).await?;
+        }
+        Ok::<_, IoError>(())
+    });
+    written.expect("nothing fails");
+    let unsynced = world.simulation.unsynced(world::PATH);
+    let data = unsynced.iter().filter(|(_, bytes)| *bytes == 512);
+    assert_eq!(data.count() as u64, WRITES);
 }

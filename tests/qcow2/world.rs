@@ -15,7 +15,8 @@ pub(crate) const LIMIT: Duration = Duration::from_secs(3600);
 /// Options that open the image.
 pub(crate) const OPEN: &str =
     "node-name=disk,driver=qcow2,discard=unmap,file.driver=file,file.filename=/simulated/image";
-const PATH: &str = "/simulated/image";
+/// Where the image is.
+pub(crate) const PATH: &str = "/simulated/image";
 
 /// The host, and a process with one worker.
 pub(crate) struct World {

@@ -554,6 +554,89 @@ fn exports_are_added_told_of_and_removed_as_qemu_does() {
 }
 
 #[test]
+fn nodes_are_offered_over_nbd_as_qemu_does() {
+    let unix = |name: &str| {
+        let path = format!("FOLDER/{name}");
+        json!({"addr": {"type": "unix", "data": {"path": path}}})
+    };
+    let add = |id: &str, more: Value| {
+        let mut value = json!({"type": "nbd", "id": id, "node-name": "n"});
+        let members = value.as_object_mut().unwrap();
+        members.extend(more.as_object().unwrap().clone());
+        value
+    };
+    compare(
+        &[
+            "--blockdev",
+            "null-co,node-name=n",
+            "--blockdev",
+            "null-co,node-name=r,read-only=on",
+        ],
+        &[
+            (Same, "nbd-server-stop", json!({})),
+            (Class, "block-export-add", add("e", json!({}))),
+            (Same, "nbd-server-add", json!({"device": "n"})),
+            (Same, "nbd-server-start", json!({})),
+            (Same, "nbd-server-start", unix("nbd.sock")),
+            (Same, "nbd-server-start", unix("other.sock")),
+            (
+                Same,
+                "block-export-add",
+                add("e", json!({"writable": true})),
+            ),
+            (Same, "block-export-add", add("e", json!({}))),
+            (Same, "block-export-add", add("f", json!({}))),
+            (
+                Same,
+                "block-export-add",
+                add(
+                    "f",
+                    json!({"name": "f", "description": "a node", "allocation-depth": true}),
+                ),
+            ),
+            (
+                Same,
+                "block-export-add",
+                add("g", json!({"name": "g", "bitmaps": ["none"]})),
+            ),
+            (
+                Class,
+                "block-export-add",
+                add("g", json!({"name": "g", "bitmaps": [{"node": "n"}]})),
+            ),
+            (
+                Class,
+                "block-export-add",
+                add("g", json!({"name": "g".repeat(5000)})),
+            ),
+            (More, "query-block-exports", json!({})),
+            (Same, "nbd-server-add", json!({"device": "none"})),
+            (
+                Same,
+                "nbd-server-add",
+                json!({"device": "r", "writable": true}),
+            ),
+            (Same, "nbd-server-add", json!({"device": "r"})),
+            (
+                Same,
+                "nbd-server-add",
+                json!({"device": "r", "name": "s", "bitmap": "b"}),
+            ),
+            (Class, "blockdev-del", json!({"node-name": "r"})),
+            (Same, "nbd-server-remove", json!({"name": "none"})),
+            (Same, "nbd-server-remove", json!({"name": "r"})),
+            (Same, "blockdev-del", json!({"node-name": "r"})),
+            (Same, "block-export-del", json!({"id": "e"})),
+            (More, "query-block-exports", json!({})),
+            (Same, "nbd-server-stop", json!({})),
+            (More, "query-block-exports", json!({})),
+            (Same, "nbd-server-start", unix("nbd.sock")),
+            (Same, "block-export-add", add("e", json!({}))),
+        ],
+    );
+}
+
+#[test]
 fn character_devices_are_made_and_removed_as_qemu_does() {
     let add = |id: &str, kind: &str, data: Value| json!({"id": id, "backend": {"type": kind, "data": data}});
     let unix = |path: &str| json!({"type": "unix", "data": {"path": path}});

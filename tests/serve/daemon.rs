@@ -30,8 +30,11 @@ fn export_is_refused(export: &str, words: &[&str]) {
 #[test]
 fn what_later_versions_take_is_refused_by_name() {
     let place = Place::new();
-    let later = ["--nbd-server", "addr.type=unix,addr.path=PLACE/nbd"];
-    // Whatever stands beside it is not begun with.
+    let later = [
+        "--nbd-server",
+        "addr.type=unix,addr.path=PLACE/nbd,tls-creds=t",
+    ];
+    // What stands beside it is stopped again.
     let all = [&later[..], &["--blockdev", NODE, "--export", EXPORT]].concat();
     says(
         &refused(&place, &all),
@@ -149,8 +152,8 @@ fn exports_that_cannot_be_are_refused_with_what_there_is_instead() {
     let place = "addr.path=PLACE/vm.sock";
     for (export, words) in [
         (
-            format!("nbd,id=e,node-name=d,{place}"),
-            &["'nbd'", "vhost-user-blk"][..],
+            format!("fuse,id=e,node-name=d,{place}"),
+            &["'fuse'", "vhost-user-blk, nbd"][..],
         ),
         (
             format!("id=e,node-name=d,addr.type=unix,{place}"),

@@ -16,7 +16,7 @@ use blockcore::{Error, ErrorKind};
 use futures_channel::oneshot;
 
 use super::{ControlHandle, Daemon, DaemonEvent};
-use crate::config::{ExportConfig, SocketAddress};
+use crate::config::{AnyExportConfig, ExportConfig, SocketAddress};
 use crate::export::{Export, RootSide};
 use crate::vhost_user::listener::{Server, Socket};
 use crate::vhost_user::session::BackendChannel;
@@ -57,7 +57,7 @@ pub struct ExportView {
 pub struct Removing {
     /// Whether a front-end was connected, which takes as long to end as its requests do.
     pub had_front_end: bool,
-    done: oneshot::Receiver<()>,
+    pub(super) done: oneshot::Receiver<()>,
 }
 
 impl Removing {
@@ -100,9 +100,13 @@ impl Daemon {
     /// # Errors
     ///
     /// What is wrong with the export, its node or its socket; nothing is left of it.
-    pub async fn add_export(&self, config: ExportConfig) -> Result<(), Error> {
+    pub async fn add_export(&self, config: impl Into<AnyExportConfig>) -> Result<(), Error> {
+        let config = match config.into() {
+            AnyExportConfig::VhostUser(config) => config,
+            AnyExportConfig::Nbd(config) => return self.add_nbd_export(config).await,
+        };
         let (id, address) = (config.id.clone(), config.socket.clone());
-        let _reserved = self.reserve(&id, &address)?;
+        let _reserved = self.reserve(&id, Some(&address))?;
         let export = self.open_export(config).await?;
         let server = match self.quitting.get() {
             true => Err(Error::busy("the daemon is being stopped")),
@@ -130,7 +134,7 @@ impl Daemon {
 
     async fn open_export(&self, mut config: ExportConfig) -> Result<Rc<Export>, Error> {
         config.check()?;
-        let workers = self.workers_for(&config)?;
+        let workers = self.workers_for(&config.iothreads, config.queues)?;
         let queues = usize::from(config.queues);
         let device = DeviceId(self.next_device.replace(self.next_device.get() + 1));
         let first = self.next_worker.replace(self.next_worker.get() + queues);
@@ -154,25 +158,32 @@ impl Daemon {
         Export::new(config, device, control, workers, first, root, notices).await
     }
 
-    /// Takes a name and a socket for an export on its way.
-    fn reserve(&self, id: &str, address: &SocketAddress) -> Result<Reservation<'_>, Error> {
+    /// Takes a name, and a socket, for an export on its way.
+    pub(super) fn reserve(
+        &self,
+        id: &str,
+        address: Option<&SocketAddress>,
+    ) -> Result<Reservation<'_>, Error> {
         let mut reserved = self.reserved.borrow_mut();
         let exports = self.exports.borrow();
-        if exports.contains_key(id) || reserved.contains_key(id) {
+        let is_taken = exports.contains_key(id) || self.nbd_exports.borrow().contains_key(id);
+        if is_taken || reserved.contains_key(id) {
             return Err(Error::new(
                 ErrorKind::Exists,
                 format!("Block export id '{id}' is already in use"),
             ));
         }
         let served = exports.iter();
-        let served = served.map(|(id, entry)| (id, &entry.export.config().socket));
-        let mut taken = served.chain(reserved.iter());
-        if let Some((other, _)) = taken.find(|(_, taken)| *taken == address) {
+        let served = served.map(|(id, entry)| (id, Some(&entry.export.config().socket)));
+        let on_their_way = reserved.iter().map(|(id, taken)| (id, taken.as_ref()));
+        let mut taken = served.chain(on_their_way);
+        let clash = taken.find(|(_, taken)| taken.is_some() && *taken == address);
+        if let (Some((other, _)), Some(address)) = (clash, address) {
             return Err(Error::busy(format!(
                 "socket {address} is in use: export '{other}' listens there"
             )));
         }
-        reserved.insert(id.to_owned(), address.clone());
+        reserved.insert(id.to_owned(), address.cloned());
         Ok(Reservation {
             daemon: self,
             id: id.to_owned(),
@@ -186,6 +197,9 @@ impl Daemon {
     /// [`ErrorKind::NotFound`]; [`ErrorKind::Busy`] if it is being removed already or, for
     /// [`Removal::Safe`], has a front-end.
     pub fn remove_export(self: &Rc<Self>, id: &str, removal: Removal) -> Result<Removing, Error> {
+        if let Some(export) = self.nbd_export(id) {
+            return self.remove_nbd_export(&export, removal);
+        }
         let mut exports = self.exports.borrow_mut();
         let entry = exports.get_mut(id).ok_or_else(|| {
             Error::new(ErrorKind::NotFound, format!("Export '{id}' is not found"))

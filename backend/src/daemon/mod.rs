@@ -5,6 +5,7 @@
 //! and goes on with other things until they answer. So it always answers, and nobody waits upwards.
 
 mod exports;
+mod nbd;
 mod slow;
 mod workers;
 
@@ -31,6 +32,7 @@ pub use self::exports::{ExportView, Removal};
 use self::workers::WorkerThread;
 use crate::config::{ProcessConfig, SocketAddress};
 use crate::export::Export;
+use crate::nbd::{NbdExport, NbdServer};
 use crate::qmp::Service;
 use crate::signals::Signals;
 use crate::vhost_user::session::BackendChannel;
@@ -150,12 +152,15 @@ pub struct Daemon {
     /// Workers with names, for exports that ask for them.
     iothreads: RefCell<BTreeMap<String, WorkerThread>>,
     exports: RefCell<BTreeMap<String, ExportEntry>>,
+    /// Where NBD clients connect, and what is offered to them, by its name in this process.
+    nbd_server: RefCell<Option<Rc<NbdServer>>>,
+    nbd_exports: RefCell<BTreeMap<String, Rc<NbdExport>>>,
     next_device: Cell<u32>,
     next_worker: Cell<usize>,
     quitting: Cell<bool>,
     service: OnceCell<Rc<Service>>,
-    /// Names and sockets of exports on their way.
-    reserved: RefCell<BTreeMap<String, SocketAddress>>,
+    /// Names of exports on their way, with the sockets of those that have one of their own.
+    reserved: RefCell<BTreeMap<String, Option<SocketAddress>>>,
     /// The first of an export's end.
     failure: RefCell<Option<Error>>,
     listeners: RefCell<Vec<Listener>>,
@@ -199,6 +204,8 @@ impl Daemon {
             workers: RefCell::default(),
             iothreads: RefCell::default(),
             exports: RefCell::default(),
+            nbd_server: RefCell::default(),
+            nbd_exports: RefCell::default(),
             next_device: Cell::new(0),
             next_worker: Cell::new(0),
             quitting: Cell::new(false),
@@ -355,8 +362,14 @@ impl Daemon {
             let begun = self.remove_export(id, Removal::Hard);
             begun.expect("it is there, and nobody removes it");
         }
+        // An export that is on its way when its server goes is dropped by whoever adds it.
+        let _ = self.stop_nbd_server();
+        let is_quiet = || {
+            let none = self.exports.borrow().is_empty() && self.nbd_exports.borrow().is_empty();
+            none && self.reserved.borrow().is_empty()
+        };
         // Connections that end ask the control thread to stop their queues.
-        while !self.exports.borrow().is_empty() || !self.reserved.borrow().is_empty() {
+        while !is_quiet() {
             self.turn(|_, _| {});
         }
         self.block_on(|daemon| async move { daemon.jobs.cancel_all().await });

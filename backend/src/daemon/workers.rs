@@ -13,7 +13,6 @@ use blockcore::mailbox::Mailbox;
 use blockcore::{Error, ErrorKind};
 
 use super::Daemon;
-use crate::config::ExportConfig;
 use crate::export::WorkerHandle;
 use crate::polling::PollLimit;
 use crate::worker::{Command, Worker};
@@ -39,15 +38,20 @@ impl Daemon {
         self.workers.borrow().len()
     }
 
-    /// The workers that an export's queues go to.
-    pub(super) fn workers_for(&self, config: &ExportConfig) -> Result<Vec<WorkerHandle>, Error> {
-        if config.iothreads.is_empty() {
-            self.start_workers(config.queues)?;
+    /// The workers that an export's queues or connections go to: those of these names, or those that all
+    /// exports share, of which there are so many at least that queues profit from.
+    pub(super) fn workers_for(
+        &self,
+        names: &[String],
+        queues: u16,
+    ) -> Result<Vec<WorkerHandle>, Error> {
+        if names.is_empty() {
+            self.start_workers(queues)?;
             let workers = self.workers.borrow();
             return Ok(workers.iter().map(|worker| worker.handle.clone()).collect());
         }
         let iothreads = self.iothreads.borrow();
-        let named = config.iothreads.iter().map(|name| {
+        let named = names.iter().map(|name| {
             let worker = iothreads.get(name).ok_or_else(|| no_iothread(name))?;
             Ok(worker.handle.clone())
         });
@@ -76,12 +80,19 @@ impl Daemon {
     ///
     /// [`ErrorKind::NotFound`]; [`ErrorKind::Busy`], naming an export that it serves.
     pub fn remove_iothread(&self, name: &str) -> Result<(), Error> {
-        let of_export = |config: &ExportConfig| config.iothreads.iter().any(|used| used == name);
+        let used = |names: &[String]| names.iter().any(|used| used == name);
         let views = self.exports();
-        if let Some(view) = views.iter().find(|view| of_export(view.export.config())) {
+        let mut configs = views.iter().map(|view| view.export.config());
+        let user = configs.find(|config| used(&config.iothreads));
+        let nbd = self.nbd_exports();
+        let mut nbd = nbd.iter().map(|export| export.config());
+        let user = user.map(|config| &config.id).or_else(|| {
+            let config = nbd.find(|config| used(&config.iothreads))?;
+            Some(&config.id)
+        });
+        if let Some(id) = user {
             return Err(Error::busy(format!(
-                "object '{name}' is in use, can not be deleted: export '{}' is served by it",
-                view.export.config().id
+                "object '{name}' is in use, can not be deleted: export '{id}' is served by it"
             )));
         }
         if !self.reserved.borrow().is_empty() {

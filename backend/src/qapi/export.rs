@@ -1,20 +1,21 @@
 //! [`ExportOptions`]: how an export is described, from the table of its options.
 
-use blockcore::options::Options;
+use blockcore::options::{OptionSpec, Options};
 use serde_json::Value;
 
 use super::node::Part;
 use super::{Input, Member, Qapi, QmpError, Schema};
-use crate::config::{EXPORT_OPTIONS, EXPORT_TYPES, ExportConfig};
+use crate::config::{AnyExportConfig, EXPORT_OPTIONS, EXPORT_TYPES};
+use crate::nbd::config::NBD_EXPORT_OPTIONS;
 
 /// What an export is to be.
 #[derive(Clone, Debug)]
-pub struct ExportOptions(pub ExportConfig);
+pub struct ExportOptions(pub AnyExportConfig);
 
 impl Qapi for ExportOptions {
     fn parse(input: Input<'_>) -> Result<Self, QmpError> {
         let options = Options::from_schema_json(input.value)?;
-        let config = ExportConfig::from_options(&options, input.form)?;
+        let config = AnyExportConfig::from_options(&options, input.form)?;
         Ok(Self(config))
     }
 
@@ -39,15 +40,21 @@ impl Qapi for ExportOptions {
                 kind: schema.choice("BlockExportType", EXPORT_TYPES),
                 optional: false,
             };
-            let (common, own): (Vec<_>, Vec<_>) = EXPORT_OPTIONS
-                .iter()
-                .filter(|spec| spec.name != "type")
-                .partition(|spec| COMMON.contains(&spec.name.trim_end_matches(".*")));
+            let is_common = |spec: &&OptionSpec| COMMON.contains(&spec.name.trim_end_matches(".*"));
+            let common = EXPORT_OPTIONS.iter().filter(|spec| spec.name != "type");
+            let common = Part::of_table(common.filter(is_common));
             let mut base = vec![tag];
-            base.extend(Part::of_table(common).members(schema, "BlockExportOptions"));
-            let key = "BlockExportOptions:vhost-user-blk";
-            let case = schema.object_of(key, |schema| Part::of_table(own).members(schema, key));
-            (base, vec![("vhost-user-blk".to_owned(), case)])
+            base.extend(common.members(schema, "BlockExportOptions"));
+            let tables = [EXPORT_OPTIONS, NBD_EXPORT_OPTIONS];
+            let cases = EXPORT_TYPES.iter().zip(tables).map(|(kind, table)| {
+                let own = table.iter().filter(|spec| spec.name != "type");
+                let own = Part::of_table(own.filter(|spec| !is_common(spec)));
+                let key = format!("BlockExportOptions:{kind}");
+                let case = schema.object_of(&key, |schema| own.members(schema, &key));
+                ((*kind).to_owned(), case)
+            });
+            let cases = cases.collect();
+            (base, cases)
         })
     }
 }

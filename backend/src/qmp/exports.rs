@@ -6,12 +6,14 @@
 use std::rc::Rc;
 use std::time::Duration;
 
+use blockcore::graph::Graph;
 use blockcore::io::account::Kind;
 
 use super::Service;
 use super::command::Commands;
 use crate::daemon::Removal;
 use crate::export::Export;
+use crate::nbd;
 use crate::qapi::QmpError;
 use crate::qapi::export::ExportOptions;
 use crate::virtio::blk::Request;
@@ -50,8 +52,8 @@ qapi_struct! {
         shutting_down: bool = "shutting-down",
         /// A front-end is connected.
         connected: bool = "connected",
-        /// Where front-ends connect.
-        socket: String = "socket",
+        /// Where front-ends connect; over NBD it is where the server listens.
+        socket: Option<String> = "socket",
         /// How many of its guest's requests failed and are held.
         held_requests: u64 = "held-requests",
         /// Whether it was stopped for a failure, if it can be: `ok`, `failed`, `nospace`.
@@ -177,9 +179,24 @@ async fn query_block_exports(
             node_name: service.node_of(&config.id).unwrap_or_default(),
             shutting_down: view.is_going,
             connected: view.is_connected,
-            socket: config.socket.name(),
+            socket: Some(config.socket.name()),
             held_requests: held.len() as u64,
             io_status: export.io_status().map(|status| status.name().to_owned()),
+        });
+    }
+    for export in service.daemon()?.nbd_exports() {
+        let config = export.config();
+        let node = service.control().node_of(export.root());
+        let name = |graph: &Graph| Some(graph.node_by_id(node?)?.name().to_owned());
+        all.push(BlockExportInfo {
+            id: config.id.clone(),
+            kind: nbd::config::TYPE.to_owned(),
+            node_name: service.control().read(name).unwrap_or_default(),
+            shutting_down: export.is_going(),
+            connected: export.connections() > 0,
+            socket: None,
+            held_requests: 0,
+            io_status: None,
         });
     }
     Ok(all)

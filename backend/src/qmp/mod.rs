@@ -16,6 +16,7 @@ pub mod info;
 pub mod jobs;
 pub mod json;
 pub mod monitor;
+pub mod nbd;
 pub mod nodes;
 pub mod objects;
 pub mod query;
@@ -87,6 +88,7 @@ impl Service {
         nodes::add(&mut commands);
         query::add(&mut commands);
         exports::add(&mut commands);
+        nbd::add(&mut commands);
         objects::add(&mut commands);
         devices::add(&mut commands);
         jobs::add(&mut commands);

@@ -196,8 +196,9 @@ pub trait Driver {
         async { Ok(()) }.boxed_local()
     }
 
-    /// The node is going to be reopened for reading only, and its children may be. It has been flushed;
-    /// whoever leaves something for its end does that now. May be called for a reopen that is given up:
+    /// The node is going to be reopened for reading only, and its children may be; or it is going to be
+    /// taken out from above a child that stays, which others may write to from then on. It has been flushed;
+    /// whoever leaves something for its end does that now. May be called for a change that is given up:
     /// the node goes on as it is then.
     ///
     /// # Errors

@@ -342,6 +342,37 @@ pub(super) fn write_cached(fd: BorrowedFd<'_>, offset: u64, segments: &[Segment]
     u64::try_from(result).map_err(|_| errno())
 }
 
+/// Receives into `segments` what is there, at most the kernel's limit of them; never waits. Zero is the end.
+pub(super) fn receive(fd: BorrowedFd<'_>, segments: &[Segment]) -> OpResult {
+    retry(|| {
+        let mut message = message(segments);
+        let flags = libc::MSG_DONTWAIT;
+        // SAFETY: as in `read`; the header lives until the call returns.
+        let result = unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut message, flags) };
+        u64::try_from(result).map_err(|_| errno())
+    })
+}
+
+/// Sends from `segments` what there is room for, at most the kernel's limit of them; never waits.
+pub(super) fn send(fd: BorrowedFd<'_>, segments: &[Segment]) -> OpResult {
+    retry(|| {
+        let message = message(segments);
+        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+        // SAFETY: as in `receive`.
+        let result = unsafe { libc::sendmsg(fd.as_raw_fd(), &raw const message, flags) };
+        u64::try_from(result).map_err(|_| errno())
+    })
+}
+
+fn message(segments: &[Segment]) -> libc::msghdr {
+    let (list, count) = segments_for_kernel(segments);
+    // SAFETY: all zeroes is a header of nothing.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = list.cast_mut();
+    message.msg_iovlen = count as _;
+    message
+}
+
 /// Involuntary context switches of the calling thread.
 pub(super) fn preemptions() -> u64 {
     // SAFETY: a zeroed `rusage` is a valid one, and lives until the call returns.

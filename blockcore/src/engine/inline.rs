@@ -23,7 +23,9 @@ const MAX_BYTES: u64 = 64 << 10;
 const LONG: Duration = Duration::from_micros(500);
 /// For how many times as long as a write waited the next are sent through the ring, at first.
 const FACTOR: u32 = 16;
-/// The factor doubles with each wait in a row, up to this.
+/// A wait that others notice: the factor doubles with each of these in a row, up to [`MAX_FACTOR`]. After a
+/// shorter one [`FACTOR`] bounds the share of time that is lost, which is all that is asked for.
+const BAD: Duration = Duration::from_millis(5);
 const MAX_FACTOR: u32 = 1024;
 /// So many quick writes in a row make a new start.
 const FORGIVE: u32 = 10_000;
@@ -108,7 +110,9 @@ impl Guard {
         }
         self.quick.set(0);
         self.resume.set(now + time * self.factor.get());
-        self.factor.set((self.factor.get() * 2).min(MAX_FACTOR));
+        if time >= BAD {
+            self.factor.set((self.factor.get() * 2).min(MAX_FACTOR));
+        }
     }
 }
 
@@ -120,15 +124,24 @@ mod tests {
     fn a_write_that_waited_keeps_the_next_away_longer_each_time() {
         let guard = Guard::default();
         let millis = Duration::from_millis;
-        guard.took(millis(1), millis(100));
-        assert_eq!(guard.resume.get(), millis(116));
-        guard.took(millis(1), millis(200));
-        assert_eq!(guard.resume.get(), millis(232));
+        guard.took(millis(10), millis(1000));
+        assert_eq!(guard.resume.get(), millis(1160));
+        guard.took(millis(10), millis(2000));
+        assert_eq!(guard.resume.get(), millis(2320));
         for _ in 0..FORGIVE {
-            guard.took(Duration::from_micros(2), millis(300));
+            guard.took(Duration::from_micros(2), millis(3000));
         }
-        guard.took(millis(1), millis(400));
-        assert_eq!(guard.resume.get(), millis(416));
+        guard.took(millis(10), millis(4000));
+        assert_eq!(guard.resume.get(), millis(4160));
+    }
+
+    #[test]
+    fn short_waits_keep_the_next_writes_away_for_the_same_share_of_time() {
+        let guard = Guard::default();
+        for _ in 0..10 {
+            guard.took(Duration::from_millis(1), Duration::from_millis(100));
+            assert_eq!(guard.resume.get(), Duration::from_millis(116));
+        }
     }
 
     #[test]

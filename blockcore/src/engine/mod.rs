@@ -19,6 +19,7 @@ mod inline;
 mod pool;
 mod segment;
 pub mod sim;
+mod socket;
 pub mod threads;
 pub mod uring;
 
@@ -38,6 +39,7 @@ use futures_util::future::LocalBoxFuture;
 pub use rustix::io::Errno;
 
 pub use self::segment::Segment;
+pub use self::socket::Socket;
 use crate::io::buffer::Segments;
 use crate::mailbox::Sleeper;
 
@@ -71,6 +73,20 @@ pub trait Engine {
 
     /// Ends a watch. An event of it that is on its way may still be reported.
     fn unwatch(&self, watch: WatchId);
+
+    /// Completes `waiter`, once, when `fd` can be read from or written to without waiting, or its other
+    /// end is gone. It stays open until then. An engine that has no sockets says so (`ENOSYS`), which is
+    /// the default.
+    fn ready(&self, fd: &Arc<OwnedFd>, interest: Interest, waiter: &Rc<Waiter>) -> ReadyId {
+        let _ = (fd, interest);
+        waiter.complete(Err(Errno::NOSYS), Segments::default());
+        ReadyId(u64::MAX)
+    }
+
+    /// Nobody waits for this any more, or it has completed.
+    fn forget_ready(&self, ready: ReadyId) {
+        let _ = ready;
+    }
 
     /// Hands queued operations to the host and adds what has completed to `events`. Never sleeps.
     fn poll(&self, events: &mut Vec<Event>);
@@ -311,6 +327,19 @@ pub enum Event {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct WatchId(pub(crate) u64);
 
+/// What is waited for at a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Interest {
+    /// There is something to receive, or its end.
+    Receive,
+    /// There is room to send.
+    Send,
+}
+
+/// Names what [`Engine::ready`] waits for, until it has completed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ReadyId(pub(crate) u64);
+
 /// Where a completion waits for its task.
 #[derive(Default)]
 pub struct Waiter {
@@ -368,6 +397,45 @@ impl Future for OpFuture {
             return Poll::Pending;
         };
         Poll::Ready((result, self.0.segments.take()))
+    }
+}
+
+/// A socket that a task waits for.
+///
+/// # Cancellation
+///
+/// The engine is told to forget it.
+pub(crate) struct ReadyFuture<'a> {
+    engine: &'a dyn Engine,
+    id: ReadyId,
+    waiter: Rc<Waiter>,
+}
+
+impl<'a> ReadyFuture<'a> {
+    pub(crate) fn start(engine: &'a dyn Engine, fd: &Arc<OwnedFd>, interest: Interest) -> Self {
+        let waiter = Rc::new(Waiter::default());
+        let id = engine.ready(fd, interest, &waiter);
+        Self { engine, id, waiter }
+    }
+}
+
+impl Future for ReadyFuture<'_> {
+    type Output = Result<(), Errno>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let Some(result) = self.waiter.done.get() else {
+            self.waiter.waker.set(Some(cx.waker().clone()));
+            return Poll::Pending;
+        };
+        Poll::Ready(result.map(drop))
+    }
+}
+
+impl Drop for ReadyFuture<'_> {
+    fn drop(&mut self) {
+        if self.waiter.done.get().is_none() {
+            self.engine.forget_ready(self.id);
+        }
     }
 }
 

@@ -1,7 +1,8 @@
 //! Shared memory that outlives the process: a file, mapped, that holds what a kill must not take with it.
 //!
-//! The file is meant to be on a tmpfs: what was stored there survives the process and not the host. Its
-//! space is taken when it is made, so that a store never finds the host without any.
+//! The file is meant to be on a tmpfs: what was stored there survives the process and not the host. A store
+//! must not find the host without memory, which would end the process: the space of its first page is taken
+//! when it is made, that of others by who uses them, before.
 //!
 //! What an earlier life left is untrusted: any word may hold anything, and may change while it is looked
 //! at if somebody else has the file open.
@@ -15,12 +16,13 @@
 
 use std::fmt;
 use std::fs::{DirBuilder, File};
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{FallocateFlags, Mode, OFlags};
 use rustix::io::Errno;
@@ -28,13 +30,13 @@ use rustix::mm::{MapFlags, ProtFlags};
 
 /// Bytes in a word.
 const WORD_BYTES: u64 = 8;
+/// What space is taken for when a segment is made.
+const PAGE_BYTES: u64 = 4096;
 
 /// See the module's header.
-pub struct Segment(Memory);
-
-enum Memory {
-    Mapped(Mapping),
-    Simulated(Arc<[AtomicU64]>),
+pub struct Segment {
+    file: File,
+    mapping: Mapping,
 }
 
 impl Segment {
@@ -44,16 +46,50 @@ impl Segment {
 
     /// All of it.
     pub fn words(&self) -> &[AtomicU64] {
-        match &self.0 {
-            Memory::Mapped(mapping) => mapping.words(),
-            Memory::Simulated(words) => words,
+        self.mapping.words()
+    }
+
+    /// Takes the host's memory for a range of words, which keep what they have.
+    ///
+    /// # Errors
+    ///
+    /// `ENOSPC` where there is none left.
+    pub fn take_space(&self, words: Range<usize>) -> Result<(), Errno> {
+        let (offset, bytes) = byte_range(words);
+        rustix::fs::fallocate(&self.file, FallocateFlags::empty(), offset, bytes)
+    }
+
+    /// Gives the host its memory for a range of words back. They are zero afterwards.
+    pub fn give_back(&self, words: Range<usize>) {
+        let (offset, bytes) = byte_range(words.clone());
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        if rustix::fs::fallocate(&self.file, flags, offset, bytes).is_err() {
+            for word in &self.words()[words] {
+                if word.load(Ordering::Relaxed) != 0 {
+                    word.store(0, Ordering::Relaxed);
+                }
+            }
         }
     }
 
-    /// What a simulated host keeps.
-    pub(super) fn simulated(words: Arc<[AtomicU64]>) -> Arc<Self> {
-        Arc::new(Self(Memory::Simulated(words)))
+    /// One that a simulated host keeps: no file has it.
+    pub(super) fn simulated(bytes: u64) -> Result<Arc<Self>, Errno> {
+        let words = words(bytes)?;
+        let file = rustix::fs::memfd_create("segment", rustix::fs::MemfdFlags::CLOEXEC)?;
+        rustix::fs::ftruncate(&file, bytes)?;
+        Self::map(file.into(), words)
     }
+
+    fn map(file: File, words: usize) -> Result<Arc<Self>, Errno> {
+        let mapping = Mapping::new(&file, words)?;
+        Ok(Arc::new(Self { file, mapping }))
+    }
+}
+
+/// Offset and length in bytes.
+fn byte_range(words: Range<usize>) -> (u64, u64) {
+    let offset = words.start as u64 * WORD_BYTES;
+    (offset, words.len() as u64 * WORD_BYTES)
 }
 
 impl fmt::Debug for Segment {
@@ -95,10 +131,12 @@ pub(super) fn open(path: &Path, bytes: u64) -> Result<(Arc<Segment>, bool), Errn
         return Err(Segment::OTHER_LENGTH);
     }
     if !existed {
-        rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes)?;
+        // In this order: one that was not finished has another length.
+        let first = bytes.min(PAGE_BYTES);
+        rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, first)?;
+        rustix::fs::ftruncate(&file, bytes)?;
     }
-    let mapping = Mapping::new(&file, words)?;
-    Ok((Arc::new(Segment(Memory::Mapped(mapping))), existed))
+    Ok((Segment::map(file, words)?, existed))
 }
 
 fn open_file(path: &Path) -> Result<File, Errno> {
@@ -175,7 +213,6 @@ impl Drop for Mapping {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
-    use std::sync::atomic::Ordering;
 
     use super::*;
 
@@ -203,8 +240,26 @@ mod tests {
         assert_eq!(again.words()[1023].load(Ordering::Relaxed), 7);
         let mode = |path: &Path| path.metadata().unwrap().permissions().mode() & 0o777;
         assert_eq!((mode(&path), mode(path.parent().unwrap())), (0o600, 0o700));
-        // All of its space is taken.
-        assert!(path.metadata().unwrap().blocks() * 512 >= 8192);
+        // The space of its first page is taken.
+        assert_eq!(path.metadata().unwrap().blocks() * 512, 8192);
+    }
+
+    #[test]
+    fn space_is_taken_and_given_back_by_range() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk");
+        let (segment, _) = open(&path, 16 << 12).unwrap();
+        let space = || path.metadata().unwrap().blocks() * 512;
+        assert_eq!(space(), 1 << 12);
+        segment.take_space(512..4 * 512).unwrap();
+        assert_eq!(space(), 4 << 12);
+        segment.words()[512].store(7, Ordering::Relaxed);
+        segment.words()[3 * 512].store(8, Ordering::Relaxed);
+        segment.give_back(512..3 * 512);
+        assert_eq!(space(), 2 << 12);
+        let word = |index: usize| segment.words()[index].load(Ordering::Relaxed);
+        assert_eq!((word(512), word(3 * 512)), (0, 8));
+        assert_eq!(path.metadata().unwrap().len(), 16 << 12);
     }
 
     #[test]

@@ -12,7 +12,9 @@
 )]
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,14 +24,16 @@ use rustix::event::epoll;
 use rustix::event::{EventfdFlags, Timespec, eventfd};
 
 use super::{
-    Engine, Errno, Event, FileId, HostCall, HostReply, Notify, Op, OpResult, OpenFile, WatchId,
-    Work, clock, host, pool,
+    Engine, Errno, Event, FileId, HostCall, HostReply, Interest, Notify, Op, OpResult, OpenFile,
+    ReadyId, Waiter, WatchId, Work, clock, host, pool,
 };
 use crate::io::buffer::{Segment, Segments};
 use crate::mailbox::{Mailbox, Sleeper, Wake};
 
 /// Epoll's name for the wake-up descriptor; watches count from zero.
 const WAKE: u64 = u64::MAX;
+/// Bit of the names of sockets that are waited for.
+const READY: u64 = 1 << 63;
 /// How many events one wait takes.
 const EVENTS: usize = 64;
 
@@ -59,6 +63,10 @@ pub struct Threads {
     done: Arc<Mailbox<(usize, OpResult)>>,
     taken: RefCell<Vec<(usize, OpResult)>>,
     watches: RefCell<Vec<(WatchId, Arc<OwnedFd>)>>,
+    /// Sockets that are waited for, by name: each under a descriptor of its own, as epoll has a descriptor
+    /// once only.
+    readies: RefCell<BTreeMap<u64, (OwnedFd, Rc<Waiter>)>>,
+    next_ready: Cell<u64>,
     in_flight: Cell<usize>,
     ready: RefCell<Vec<Event>>,
 }
@@ -128,6 +136,8 @@ impl Threads {
             slots: RefCell::default(),
             taken: RefCell::default(),
             watches: RefCell::default(),
+            readies: RefCell::default(),
+            next_ready: Cell::new(READY),
             in_flight: Cell::new(0),
             ready: RefCell::default(),
         })
@@ -163,8 +173,18 @@ impl Threads {
         }
         for event in list {
             let name = event.data.u64();
-            if name != WAKE {
+            if name == WAKE {
+                continue;
+            }
+            if name & READY == 0 {
                 events.push(Event::Ready(WatchId(name)));
+                continue;
+            }
+            // Closing the descriptor would do only if it had no copies.
+            let entry = self.readies.borrow_mut().remove(&name);
+            if let Some((fd, waiter)) = entry {
+                let _ = epoll::delete(&self.epoll, fd.as_fd());
+                waiter.complete(Ok(0), Segments::default());
             }
         }
     }
@@ -321,9 +341,38 @@ impl Engine for Threads {
         }
     }
 
+    fn ready(&self, fd: &Arc<OwnedFd>, interest: Interest, waiter: &Rc<Waiter>) -> ReadyId {
+        let name = self.next_ready.get();
+        self.next_ready.set(name + 1);
+        let flags = match interest {
+            Interest::Receive => epoll::EventFlags::IN,
+            Interest::Send => epoll::EventFlags::OUT,
+        };
+        let added = rustix::io::fcntl_dupfd_cloexec(&**fd, 0).and_then(|copy| {
+            let data = epoll::EventData::new_u64(name);
+            let flags = flags | epoll::EventFlags::ONESHOT;
+            epoll::add(&self.epoll, copy.as_fd(), data, flags)?;
+            Ok(copy)
+        });
+        match added {
+            Ok(copy) => {
+                let entry = (copy, Rc::clone(waiter));
+                self.readies.borrow_mut().insert(name, entry);
+            }
+            Err(error) => waiter.complete(Err(error), Segments::default()),
+        }
+        ReadyId(name)
+    }
+
+    fn forget_ready(&self, ready: ReadyId) {
+        if let Some((fd, _)) = self.readies.borrow_mut().remove(&ready.0) {
+            let _ = epoll::delete(&self.epoll, fd.as_fd());
+        }
+    }
+
     fn poll(&self, events: &mut Vec<Event>) {
         self.collect(events);
-        if !self.watches.borrow().is_empty() {
+        if !self.watches.borrow().is_empty() || !self.readies.borrow().is_empty() {
             self.epoll_wait(events, Some(&Timespec::default()));
         }
     }

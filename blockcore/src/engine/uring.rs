@@ -19,6 +19,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -28,8 +29,8 @@ use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use super::inline::Guard;
 use super::threads::{Files, WakeFd, host_on_pool};
 use super::{
-    Engine, Errno, Event, FileId, HostCall, HostReply, Notify, Op, OpResult, OpenFile, WatchId,
-    Work, clock, host, pool,
+    Engine, Errno, Event, FileId, HostCall, HostReply, Interest, Notify, Op, OpResult, OpenFile,
+    ReadyId, Waiter, WatchId, Work, clock, host, pool,
 };
 use crate::io::buffer::Segments;
 use crate::mailbox::Sleeper;
@@ -47,6 +48,7 @@ const TAG_OP: u64 = 0;
 const TAG_WATCH: u64 = 1;
 const TAG_WAKE: u64 = 2;
 const TAG_IGNORE: u64 = 3;
+const TAG_READY: u64 = 4;
 const DATA_MASK: u64 = (1 << TAG_SHIFT) - 1;
 
 /// See the module's header.
@@ -59,6 +61,8 @@ pub struct Uring {
     /// Files whose last attachment ended while they were busy: open, and locked, until they are not.
     closing: RefCell<Vec<Arc<OpenFile>>>,
     watches: RefCell<BTreeMap<WatchId, Arc<OwnedFd>>>,
+    /// Sockets that are waited for, each open until its entry has completed.
+    readies: RefCell<Readies>,
     wake: Arc<OwnedFd>,
     sleeper: Arc<Sleeper>,
     in_flight: Cell<usize>,
@@ -75,6 +79,15 @@ struct Slots {
     // may have grown.
     #[expect(clippy::vec_box, reason = "slots must not move")]
     list: Vec<Box<Slot>>,
+    free: Vec<usize>,
+}
+
+/// A socket, and who waits for it, unless that is forgotten.
+type Waited = (Arc<OwnedFd>, Option<Rc<Waiter>>);
+
+#[derive(Default)]
+struct Readies {
+    list: Vec<Option<Waited>>,
     free: Vec<usize>,
 }
 
@@ -121,6 +134,7 @@ impl Uring {
             busy: RefCell::default(),
             closing: RefCell::default(),
             watches: RefCell::default(),
+            readies: RefCell::default(),
             wake: Arc::clone(&wake.0),
             sleeper: Sleeper::new(Box::new(wake)),
             in_flight: Cell::new(0),
@@ -303,6 +317,22 @@ impl Uring {
                     );
                 }
             }
+            TAG_READY => {
+                let slot = data as usize;
+                let entry = {
+                    let mut readies = self.readies.borrow_mut();
+                    readies.free.push(slot);
+                    readies.list[slot].take()
+                };
+                let (_fd, waiter) = entry.expect("a completion for a socket that is waited for");
+                if let Some(waiter) = waiter {
+                    let result = match result {
+                        0.. => Ok(0),
+                        error => Err(Errno::from_raw_os_error(-error)),
+                    };
+                    waiter.complete(result, Segments::default());
+                }
+            }
             TAG_WAKE if !cqueue::more(flags) => self.arm(self.wake.as_raw_fd(), user_data),
             _ => {}
         }
@@ -453,6 +483,40 @@ impl Engine for Uring {
         self.push(&entry);
         // The descriptor may be closed and its number used again after this: no entry may name it.
         self.enter(0, None);
+    }
+
+    fn ready(&self, fd: &Arc<OwnedFd>, interest: Interest, waiter: &Rc<Waiter>) -> ReadyId {
+        let slot = {
+            let mut readies = self.readies.borrow_mut();
+            let slot = readies.free.pop().unwrap_or_else(|| {
+                readies.list.push(None);
+                readies.list.len() - 1
+            });
+            readies.list[slot] = Some((Arc::clone(fd), Some(Rc::clone(waiter))));
+            slot
+        };
+        let flags = match interest {
+            Interest::Receive => libc::POLLIN,
+            Interest::Send => libc::POLLOUT,
+        };
+        let entry = opcode::PollAdd::new(types::Fd(fd.as_raw_fd()), flags as u32)
+            .build()
+            .user_data(TAG_READY << TAG_SHIFT | slot as u64);
+        self.push(&entry);
+        ReadyId(slot as u64)
+    }
+
+    fn forget_ready(&self, ready: ReadyId) {
+        let mut readies = self.readies.borrow_mut();
+        let Some(Some((_, waiter))) = readies.list.get_mut(ready.0 as usize) else {
+            return;
+        };
+        *waiter = None;
+        drop(readies);
+        let entry = opcode::PollRemove::new(TAG_READY << TAG_SHIFT | ready.0)
+            .build()
+            .user_data(TAG_IGNORE << TAG_SHIFT);
+        self.push(&entry);
     }
 
     fn poll(&self, events: &mut Vec<Event>) {

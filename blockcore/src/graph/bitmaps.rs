@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::permission::Permissions;
 use super::{Change, Control, Graph, Node, NodeId};
 use crate::dirty_bitmap::{
-    BitmapSet, DirtyBitmap, KeptBitmap, Operation, default_granularity_bytes,
+    BitmapSet, Bits, DirtyBitmap, KeptBitmap, Operation, default_granularity_bytes,
 };
 use crate::drain::Scope;
 use crate::driver::{FindBitmap, OpenModes};
@@ -182,6 +182,33 @@ impl Control {
             graph.replan();
             Ok(changed)
         })
+    }
+
+    /// Takes a bitmap for `user` (`export 'nbd0'`), who reads its bits while it goes on recording: until
+    /// [`release_bitmap`](Self::release_bitmap) nobody changes it otherwise.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NotFound`]; as [`DirtyBitmap::check`] says for [`Operation::Use`].
+    pub fn hold_bitmap(&self, node: &str, name: &str, user: &str) -> Result<Arc<Bits>, Error> {
+        self.change(|graph| {
+            let id = graph.node(node)?.id();
+            let bitmap = graph.node_mut(id).bitmaps.get_mut(name)?;
+            bitmap.hold(user)?;
+            Ok(Arc::clone(bitmap.bits()))
+        })
+    }
+
+    /// Gives up a bitmap that was [taken](Self::hold_bitmap). One that has gone with its node is none.
+    pub fn release_bitmap(&self, node: &str, name: &str) {
+        self.change(|graph| {
+            let Ok(id) = graph.node(node).map(Node::id) else {
+                return;
+            };
+            if let Ok(bitmap) = graph.node_mut(id).bitmaps.get_mut(name) {
+                bitmap.release();
+            }
+        });
     }
 
     /// Makes the bitmaps of a node as long as the node is. It is drained; something `may_be_written` to it since

@@ -477,6 +477,7 @@ impl Change {
     }
 
     async fn get_ready(&mut self) -> Result<BTreeMap<RootId, Arc<Plan>>, Error> {
+        self.stop_removed().await?;
         self.prepare_permissions().await?;
         let plans = self.compile();
         let moved = self.control.read(|graph| {
@@ -492,6 +493,48 @@ impl Change {
         // Last: the roots stand still, so the old tree and the new one read the same.
         self.record().await?;
         Ok(plans)
+    }
+
+    /// Has nodes that go leave what stays below them as it is to be: afterwards others may write there, or
+    /// nobody.
+    async fn stop_removed(&mut self) -> Result<(), Error> {
+        let (going, above) = self.control.read(|graph| {
+            let state = self.state();
+            let leaves_something = |id: &NodeId| {
+                let known = graph.nodes.contains_key(id);
+                let writes = known && {
+                    let modes = graph.shape.vertex(*id).modes;
+                    !modes.read_only && !modes.inactive
+                };
+                let mut children = graph.shape.children(*id);
+                writes && children.any(|(_, edge)| state.shape.contains(edge.child))
+            };
+            let going: Vec<_> = state.removed.iter().copied().collect();
+            let going: Vec<_> = going.into_iter().filter(leaves_something).collect();
+            let above = graph.roots_above(&going.iter().copied().collect());
+            (going, above)
+        });
+        if !above.is_empty() {
+            self.drain(Scope::Roots(above)).await;
+        }
+        for id in going {
+            let (driver, name, plan) = self.control.read(|graph| {
+                let (view, node) = (graph.view(), &graph.nodes[&id]);
+                let plan = view.plan(id, Permissions::all(), &view.tracked());
+                (node.driver.clone(), Arc::clone(&node.name), plan)
+            });
+            let root = self.control.unused_root(plan);
+            root.flush().await.map_err(|error| {
+                let text = format!("cannot flush node '{name}' before it goes: {error}");
+                Error::new(ErrorKind::Io, text)
+            })?;
+            let kept = self.control.bitmaps_to_store(id);
+            if !kept.is_empty() {
+                driver.take().store_bitmaps(Rc::clone(&root), kept).await?;
+            }
+            driver.take().stop_writing(root).await?;
+        }
+        Ok(())
     }
 
     /// The plan of every root, as it will be.

@@ -11,6 +11,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::future::{Future, poll_fn};
+use std::os::fd::OwnedFd;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
@@ -20,7 +21,9 @@ use std::time::Duration;
 use event_listener::Event as Changed;
 use futures_channel::oneshot;
 
-use crate::engine::{Engine, Errno, Event, HostCall, HostReply, Op, OpFuture, OpResult};
+use crate::engine::{
+    Engine, Errno, Event, HostCall, HostReply, Interest, Op, OpFuture, OpResult, ReadyFuture,
+};
 use crate::executor::Executor;
 use crate::graph::RootId;
 use crate::io::Root;
@@ -164,6 +167,15 @@ impl IoContext {
     /// Does an operation and waits for it.
     pub async fn op(&self, op: Op) -> (OpResult, Segments) {
         OpFuture::start(self.engine(), op).await
+    }
+
+    /// Waits until a socket can be received from or sent to.
+    ///
+    /// # Errors
+    ///
+    /// The engine's; a simulated one has no sockets.
+    pub async fn ready(&self, fd: &Arc<OwnedFd>, interest: Interest) -> Result<(), Errno> {
+        ReadyFuture::start(self.engine(), fd, interest).await
     }
 
     /// Does a rare host call and waits for it.

@@ -425,7 +425,7 @@ impl Image {
         }
         let behind = HostOffset(place.0 + (blocks << g.cluster_bits));
         write_bytes(io, behind, &from_words(table)).await?;
-        io.child(FILE).flush().await
+        self.flush_file(io).await
     }
 
     /// Adds to a cluster's count; loads what is needed.

@@ -126,7 +126,7 @@ impl SliceCache {
         self.slots.len()
     }
 
-    /// How many slices are dirty.
+    /// How many slices are dirty, or being changed.
     pub(crate) fn dirty_count(&self) -> usize {
         self.dirty_list().len()
     }
@@ -184,6 +184,12 @@ impl SliceCache {
             return None;
         }
         let words = slot.words.get()?;
+        let was_clean = state.change == 0;
+        if was_clean {
+            // Before the change: a round that makes what it records superfluous has to find it, and waits
+            // for the slot's lock.
+            self.dirty_list().insert(slice);
+        }
         let version = Change::begin(slot);
         let mut slice_words = SliceWords {
             words,
@@ -194,11 +200,9 @@ impl SliceCache {
         drop(version);
         if changed {
             state.changes += 1;
-            let was_clean = state.change == 0;
             state.change = state.changes;
-            if was_clean {
-                self.dirty_list().insert(slice);
-            }
+        } else if was_clean {
+            self.dirty_list().remove(&slice);
         }
         Some(result)
     }
@@ -352,6 +356,20 @@ mod tests {
 
     fn words(first: u64) -> Vec<u64> {
         (first..first + 4).collect()
+    }
+
+    #[test]
+    fn a_slice_counts_as_dirty_before_it_changes() {
+        let cache = SliceCache::new(4, 8);
+        cache.install(3, &[0; 4]).unwrap();
+        let seen = cache.change(3, |words| {
+            words.set(0, 1);
+            cache.dirty_count()
+        });
+        assert_eq!((seen, cache.dirty_count()), (Some(1), 1));
+        cache.install(4, &[0; 4]).unwrap();
+        cache.change(4, |_| ()).unwrap();
+        assert_eq!(cache.dirty_count(), 1);
     }
 
     #[test]

@@ -80,21 +80,21 @@ impl Image {
 
     /// Starts a round where much is dirty, so that there is room when it is needed.
     pub(super) fn commit_if_crowded(&self, io: Io<'_>) {
+        let is_full = self.cache_evicts() && self.cache.dirty_count() * 2 > self.cache.capacity();
         let segment = self.segment.as_ref();
-        let is_crowded = self.cache.dirty_count() * 2 > self.cache.capacity()
-            || segment.is_some_and(|segment| segment.is_crowded());
-        if is_crowded {
+        if is_full || segment.is_some_and(|segment| segment.is_crowded()) {
             self.commit_behind(io);
         }
     }
 
     async fn round(&self, io: Io<'_>) -> Result<(), IoError> {
         self.check_whole()?;
+        self.check_not_lost()?;
         let segment = self.segment.as_ref();
         let mark = segment.map(|segment| segment.mark());
         let freed = self.limbo.take();
         let copies = self.copies();
-        if let Err(error) = self.write_back(io, &copies).await {
+        if let Err(error) = self.noted(self.write_back(io, &copies).await) {
             self.limbo.put_back(freed);
             return Err(error);
         }

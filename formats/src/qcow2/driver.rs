@@ -241,7 +241,7 @@ impl Driver for Qcow2Driver {
             header.backing = backing.map(|new| new.name);
             let old = self.image.header().clone();
             let steps = head::steps(io, &old, &header).await?;
-            let flushed = io.child(FILE).flush().await;
+            let flushed = self.image.flush_file(io).await;
             flushed.map_err(|error| failed(io.name(), "flush", error))?;
             let written = write_steps(io, &steps).await;
             written.map_err(|error| failed(io.name(), "write the header of", error))?;

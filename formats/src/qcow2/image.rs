@@ -13,7 +13,7 @@
 //! operations only, and taken in this order: `l1`, then those inside of `cache`; every other alone.
 
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use blockcore::IoError;
@@ -85,6 +85,8 @@ pub(super) struct Image {
     pub(super) rounds: Rounds,
     /// A round that nobody waits for is on its way.
     pub(super) committing: AtomicBool,
+    /// See [`check_not_lost`](Self::check_not_lost).
+    pub(super) lost: AtomicBool,
     /// What completes is to outlive this process. Where nothing else does, a request that changes what is
     /// mapped waits for a round before it completes.
     pub(super) must_outlive: bool,
@@ -207,6 +209,29 @@ impl Image {
             true => Err(IoError::Failed),
             false => Ok(()),
         }
+    }
+
+    /// Fails once a flush of the image's file was lost. What was written before it may never reach the disk, so
+    /// nothing is built on it: neither when the file is opened again, below an image that stays open.
+    pub(super) fn check_not_lost(&self) -> Result<(), IoError> {
+        match self.lost.load(Ordering::Acquire) {
+            true => Err(IoError::FlushLost),
+            false => Ok(()),
+        }
+    }
+
+    /// Remembers a flush that was lost.
+    pub(super) fn noted(&self, flushed: Result<(), IoError>) -> Result<(), IoError> {
+        if flushed == Err(IoError::FlushLost) {
+            self.lost.store(true, Ordering::Release);
+        }
+        flushed
+    }
+
+    /// Makes what was written to the image's file durable.
+    pub(super) async fn flush_file(&self, io: Io<'_>) -> Result<(), IoError> {
+        self.check_not_lost()?;
+        self.noted(io.child(FILE).flush().await)
     }
 
     /// The image contradicts itself: operators are told, and with `fatal` nothing more is done with it.

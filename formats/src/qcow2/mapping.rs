@@ -86,6 +86,12 @@ impl Image {
         first..first + slices
     }
 
+    /// Whether slices of the disk's tables may have to make room for others.
+    pub(super) fn cache_evicts(&self) -> bool {
+        let clusters = self.geometry.clusters(self.gate.bytes());
+        clusters.div_ceil(self.slice_entries()) > self.cache.capacity() as u64
+    }
+
     /// Which entry of the L1 table an offset of the disk is under.
     pub(super) fn l1_index(&self, offset: u64) -> usize {
         (offset / self.geometry.table_covers()) as usize

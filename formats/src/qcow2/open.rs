@@ -226,6 +226,7 @@ pub(super) async fn open_image(
         tables: Tracker::default(),
         rounds: Rounds::default(),
         committing: AtomicBool::new(false),
+        lost: AtomicBool::new(false),
         segment,
         must_outlive,
         options: Mutex::new(run_options),

@@ -6,7 +6,7 @@ use blockcore::io::Io;
 use blockcore::io::buffer::Segments;
 
 use super::alloc::Class;
-use super::image::{FILE, Image, write_bytes};
+use super::image::{Image, write_bytes};
 use super::layout::entry::{L1Entry, L2Entry};
 use super::layout::header::{MAX_L1_BYTES, field};
 use super::layout::{Geometry, HostOffset};
@@ -195,9 +195,9 @@ impl Image {
     }
 
     async fn set_length(&self, io: Io<'_>, bytes: u64) -> Result<(), IoError> {
-        io.child(FILE).flush().await?;
+        self.flush_file(io).await?;
         write_bytes(io, HostOffset(field::BYTES), &bytes.to_be_bytes()).await?;
-        io.child(FILE).flush().await?;
+        self.flush_file(io).await?;
         self.header().bytes = bytes;
         self.set_bytes(bytes);
         Ok(())

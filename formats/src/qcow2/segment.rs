@@ -13,7 +13,9 @@
 //! **Holes.** A record counts once its tag, which has its number, is stored. One whose process ended
 //! half-way does not count, and nothing that completed rests on it.
 //!
-//! **Room.** A round that has succeeded has made all records superfluous that were there when it began.
+//! **Room.** The host's memory is taken for records in chunks, as the ring advances, and given back behind it:
+//! a disk whose guest flushes often takes little, one that maps many clusters between two flushes need not be
+//! held up by rounds. A round that has succeeded has made all records superfluous that were there when it began.
 //! When there is no room, nothing more is recorded, since later records may rest on the one that is missing,
 //! until a round that began after that has succeeded; requests wait for a round before they complete
 //! meanwhile.
@@ -21,18 +23,18 @@
 //! What an earlier process left is not trusted: see `replay`.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use blockcore::engine::Segment;
 
 use super::layout::HostOffset;
 use super::refcount::{BlockNumber, ClusterNumber, Run};
 
-/// Bytes of a segment.
-pub(super) const BYTES: u64 = 1 << 20;
+/// Bytes of a segment: its head's page, and chunks.
+pub(super) const BYTES: u64 = (8 << 20) + 8 * RECORDS_AT as u64;
 /// `stonewk` and the version of what is described here.
-const MAGIC: u64 = u64::from_be_bytes(*b"stonewk\x01");
+const MAGIC: u64 = u64::from_be_bytes(*b"stonewk\x02");
 
 /// Words of the head.
 const HEAD_WORDS: usize = 128;
@@ -42,10 +44,17 @@ const AT_DEVICE: usize = 2;
 const AT_INODE: usize = 3;
 /// The number of the first record that counts.
 const AT_FIRST: usize = 4;
+/// The number of the first record for which there is no memory yet.
+const AT_END: usize = 5;
 /// Where the reserved clusters begin. What there is no room for leaks when the process is killed.
 const AT_RESERVED: usize = 64;
 /// A reserved extent is one word, so that it changes at once: its first cluster above, how many below.
 const RESERVED_COUNT_BITS: u32 = 24;
+
+/// Where the first record is, so that chunks begin with a page.
+const RECORDS_AT: usize = 512;
+/// How many chunks there are, of as many records each. Memory is taken for one at a time.
+const CHUNKS: u64 = 32;
 
 /// Words of a record: its tag, and three that depend on its kind.
 const RECORD_WORDS: usize = 4;
@@ -108,10 +117,15 @@ impl Record {
 pub(super) struct CrashSegment {
     memory: Arc<Segment>,
     path: PathBuf,
+    /// How many records a chunk has.
+    chunk: u64,
     /// The number of the next record.
     next: AtomicU64,
     /// As in the head.
     first: AtomicU64,
+    end: AtomicU64,
+    /// Held while memory is taken and given back.
+    chunks: Mutex<()>,
     /// How often there was no room, and how many of these times a round has made up for.
     overflows: AtomicU64,
     made_up_for: AtomicU64,
@@ -127,23 +141,27 @@ pub(super) struct Mark {
 }
 
 impl CrashSegment {
-    /// Makes `memory` the segment of `owner`, without records.
+    /// Makes `memory`, which has space for its head, the segment of `owner`, without records.
     pub(super) fn new(memory: Arc<Segment>, path: PathBuf, owner: Owner) -> Self {
         let words = memory.words();
         // It belongs to nobody until all of it is as it should be.
         words[AT_MAGIC].store(0, Ordering::SeqCst);
-        for word in &words[1..] {
+        for word in &words[1..RECORDS_AT] {
             word.store(0, Ordering::Relaxed);
         }
+        memory.give_back(RECORDS_AT..words.len());
         words[AT_COOKIE].store(owner.cookie, Ordering::Relaxed);
         words[AT_DEVICE].store(owner.device, Ordering::Relaxed);
         words[AT_INODE].store(owner.inode, Ordering::Relaxed);
         words[AT_MAGIC].store(MAGIC, Ordering::SeqCst);
         Self {
+            chunk: (capacity(&memory) / CHUNKS).max(1),
             memory,
             path,
             next: AtomicU64::new(0),
             first: AtomicU64::new(0),
+            end: AtomicU64::new(0),
+            chunks: Mutex::new(()),
             overflows: AtomicU64::new(0),
             made_up_for: AtomicU64::new(0),
             closed: AtomicBool::new(false),
@@ -161,8 +179,11 @@ impl CrashSegment {
         if !self.is_open() {
             return false;
         }
-        let number = self.next.fetch_add(1, Ordering::Relaxed);
-        if number - self.first.load(Ordering::Acquire) >= self.capacity() {
+        let number = self.next.fetch_add(1, Ordering::SeqCst);
+        // The chunk that the first record is in is given back as a whole, so nothing else may be in it.
+        let first = self.first.load(Ordering::Acquire);
+        let is_room = number - first / self.chunk * self.chunk < self.capacity();
+        if !is_room || number >= self.end.load(Ordering::Acquire) && !self.extend_to(number) {
             self.overflows.fetch_add(1, Ordering::SeqCst);
             return false;
         }
@@ -204,11 +225,50 @@ impl CrashSegment {
         }
     }
 
-    /// The round has succeeded.
+    /// The round has succeeded. All records before its mark are finished: it had the locks that they were
+    /// made in.
     pub(super) fn forget_until(&self, mark: Mark) {
+        let _chunks = self.chunks.lock().expect("no panic while counting");
+        let before = self.first.load(Ordering::Relaxed);
+        let end = self.end.load(Ordering::Relaxed);
+        // In this order: what a reader finds from the first record on is there.
         self.memory.words()[AT_FIRST].store(mark.next, Ordering::Release);
         self.first.store(mark.next, Ordering::Release);
+        let passed = before / self.chunk..mark.next.min(end) / self.chunk;
+        for chunk in passed {
+            self.memory.give_back(self.chunk_words(chunk));
+        }
         self.made_up_for.store(mark.overflows, Ordering::SeqCst);
+    }
+
+    /// Takes memory for the record of that number. Returns false where the host has none.
+    fn extend_to(&self, number: u64) -> bool {
+        let _chunks = self.chunks.lock().expect("no panic while counting");
+        loop {
+            let end = self.end.load(Ordering::Relaxed);
+            if number < end {
+                return true;
+            }
+            // Numbers are passed over while there is no room.
+            let chunk = end.max(self.first.load(Ordering::Relaxed)) / self.chunk;
+            if let Err(error) = self.memory.take_space(self.chunk_words(chunk)) {
+                tracing::warn!(
+                    "no memory for more of '{}' ({error}): writes that allocate wait for the disk",
+                    self.path.display()
+                );
+                return false;
+            }
+            let end = (chunk + 1) * self.chunk;
+            self.memory.words()[AT_END].store(end, Ordering::Release);
+            self.end.store(end, Ordering::Release);
+        }
+    }
+
+    /// Where a chunk's records are.
+    fn chunk_words(&self, chunk: u64) -> std::ops::Range<usize> {
+        let begin = (chunk * self.chunk % self.capacity()) as usize;
+        let begin = RECORDS_AT + begin * RECORD_WORDS;
+        begin..begin + self.chunk as usize * RECORD_WORDS
     }
 
     /// Nothing is recorded any more, for good: who changes something waits for a round.
@@ -233,12 +293,12 @@ impl CrashSegment {
 }
 
 fn capacity(memory: &Segment) -> u64 {
-    ((memory.words().len() - HEAD_WORDS) / RECORD_WORDS) as u64
+    ((memory.words().len() - RECORDS_AT) / RECORD_WORDS) as u64
 }
 
 fn slot(memory: &Segment, number: u64) -> &[AtomicU64] {
     let index = (number % capacity(memory)) as usize;
-    let begin = HEAD_WORDS + index * RECORD_WORDS;
+    let begin = RECORDS_AT + index * RECORD_WORDS;
     &memory.words()[begin..begin + RECORD_WORDS]
 }
 
@@ -274,7 +334,9 @@ pub(super) fn read(memory: &Segment, owner: Owner) -> Option<Result<Left, String
         }
     }
     let first = at(AT_FIRST);
-    for number in first..first.saturating_add(capacity(memory)) {
+    // A chunk whose memory was given back reads as zeroes, and so does one that was never used.
+    let end = at(AT_END).min(first.saturating_add(capacity(memory)));
+    for number in first..end {
         let words = slot(memory, number);
         let tag = words[0].load(Ordering::Acquire);
         // Another life of the slot, or nothing yet: a later record may count all the same.
@@ -309,14 +371,16 @@ mod tests {
     /// Memory with room for four records.
     fn memory() -> Arc<Segment> {
         let directory = tempfile::tempdir().unwrap();
+        // It stays as long as it is mapped.
+        open(directory.path(), 8 * (RECORDS_AT + 4 * RECORD_WORDS) as u64)
+    }
+
+    fn open(directory: &std::path::Path, bytes: u64) -> Arc<Segment> {
         let context = IoContext::new(make(EngineChoice::Threads).unwrap());
-        let call = HostCall::OpenSegment {
-            path: directory.path().join("segment"),
-            bytes: 8 * (HEAD_WORDS + 4 * RECORD_WORDS) as u64,
-        };
+        let path = directory.join("segment");
+        let call = HostCall::OpenSegment { path, bytes };
         let inner = Rc::clone(&context);
         match context.block_on(async move { inner.host(call).await }) {
-            // It stays as long as it is mapped.
             Ok(HostReply::Segment { segment, .. }) => segment,
             other => panic!("{other:?}"),
         }
@@ -382,6 +446,49 @@ mod tests {
         assert!(segment.record(count(6)));
         let left = read(&memory, OWNER).unwrap().unwrap();
         assert_eq!(left.records, [count(6)]);
+    }
+
+    /// How many records of so much memory there is space for on the host.
+    fn space(directory: &std::path::Path) -> u64 {
+        use std::os::unix::fs::MetadataExt;
+        let blocks = directory.join("segment").metadata().unwrap().blocks();
+        (blocks * 512 - 8 * RECORDS_AT as u64) / (8 * RECORD_WORDS as u64)
+    }
+
+    #[test]
+    fn memory_is_taken_as_records_come_and_given_back_as_rounds_end() {
+        let directory = tempfile::tempdir().unwrap();
+        let bytes = 8 * (RECORDS_AT as u64 + CHUNKS * 1024 * RECORD_WORDS as u64);
+        let memory = open(directory.path(), bytes);
+        let segment = CrashSegment::new(Arc::clone(&memory), "/run/segment".into(), OWNER);
+        let has_none = || space(directory.path()) < 1024;
+        assert!(has_none());
+        // Around the ring more than once, with rounds that end in the midst of chunks.
+        let mut expected = Vec::new();
+        let mut cluster = 0;
+        for round in 0..60 {
+            let mark = segment.mark();
+            let made_before = expected.len();
+            for _ in 0..1024 + 37 * round {
+                assert!(segment.record(count(cluster)));
+                expected.push(count(cluster));
+                cluster += 1;
+            }
+            assert!(space(directory.path()) <= 3 * 1024 + expected.len() as u64);
+            segment.forget_until(mark);
+            expected.drain(..made_before);
+            assert_eq!(read(&memory, OWNER).unwrap().unwrap().records, expected);
+        }
+        // All but a chunk's worth can be in use at a time.
+        let mark = segment.mark();
+        segment.forget_until(mark);
+        assert!((0..(CHUNKS - 1) * 1024).all(|cluster| segment.record(count(cluster))));
+        let left = read(&memory, OWNER).unwrap().unwrap();
+        assert_eq!(left.records.len() as u64, (CHUNKS - 1) * 1024);
+        drop(segment);
+        CrashSegment::new(Arc::clone(&memory), "/run/segment".into(), OWNER);
+        assert!(has_none());
+        assert_eq!(read(&memory, OWNER), Some(Ok(Left::default())));
     }
 
     #[test]

@@ -9,13 +9,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 
 use super::contents::{BLOCK_BYTES, Change, Contents};
 use super::random::Random;
 use crate::engine::{
     Allocate, Errno, FileKind, FileType, HostCall, HostReply, Metadata, OpenFile, OpenOptions,
-    Segment, segment,
+    Segment,
 };
 
 /// Most that one copy by the host moves.
@@ -80,7 +79,7 @@ pub(super) struct Host {
     files: BTreeMap<u64, File>,
     descriptions: BTreeMap<u64, Description>,
     /// Shared memory that outlives processes, and not the host.
-    segments: BTreeMap<PathBuf, Arc<[AtomicU64]>>,
+    segments: BTreeMap<PathBuf, Arc<Segment>>,
     /// By inode, byte and description: whether it is exclusive.
     locks: BTreeMap<(u64, u64, u64), bool>,
     /// How much space all regular files have together, in blocks; none for as much as they like.
@@ -596,23 +595,21 @@ impl Host {
     }
 
     fn open_segment(&mut self, path: &Path, bytes: u64) -> Result<HostReply, Errno> {
-        let words = segment::words(bytes)?;
         let existed = self.segments.contains_key(path);
-        let zeroes = || (0..words).map(|_| AtomicU64::new(0)).collect();
-        let kept = self.segments.entry(path.to_owned()).or_insert_with(zeroes);
-        if kept.len() != words {
+        if !existed {
+            let made = Segment::simulated(bytes)?;
+            self.segments.insert(path.to_owned(), made);
+        }
+        let segment = Arc::clone(&self.segments[path]);
+        if segment.words().len() as u64 * 8 != bytes {
             return Err(Segment::OTHER_LENGTH);
         }
-        Ok(HostReply::Segment {
-            segment: Segment::simulated(Arc::clone(kept)),
-            existed,
-        })
+        Ok(HostReply::Segment { segment, existed })
     }
 
     /// The shared memory at a path.
     pub(super) fn segment(&self, path: &Path) -> Option<Arc<Segment>> {
-        let words = self.segments.get(path)?;
-        Some(Segment::simulated(Arc::clone(words)))
+        self.segments.get(path).cloned()
     }
 
     fn open(&mut self, path: &Path, options: &OpenOptions) -> Result<Arc<OpenFile>, Errno> {

@@ -33,7 +33,7 @@ use blockcore::options::Options;
 pub(super) use self::spec::AMEND_OPTIONS;
 use self::spec::{Amendment, Present};
 use super::head;
-use super::image::{FILE, Image};
+use super::image::Image;
 use super::layout::snapshot::V3_EXTRA_BYTES;
 use super::snapshot::draft::Draft;
 use super::snapshot::{Failure, Next};
@@ -96,7 +96,7 @@ impl Image {
         }
         let steps = head::steps(io, &old, &new).await?;
         // All of it is there before the header names it.
-        io.child(FILE).flush().await?;
+        self.flush_file(io).await?;
         Ok(self.switch_header(io, &steps).await?)
     }
 

@@ -46,7 +46,7 @@ use blockcore::io::Io;
 use blockcore::io::tracked::Tracker;
 use blockcore::{Error, ErrorKind, IoError};
 
-use super::image::{FILE, Image, write_bytes};
+use super::image::{Image, write_bytes};
 use super::layout::HostOffset;
 use super::layout::bitmap::{Bitmap, MAX_BITMAP_BYTES, MAX_TABLE_ENTRIES};
 use super::layout::extension::MAX_DIRECTORY_BYTES;
@@ -190,7 +190,7 @@ impl Image {
         if !fault::is_planted(Fault::BitmapsNotInUse) {
             // The same bytes but for flags, which never cross a sector.
             write_bytes(io, place, &directory(&list)).await?;
-            io.child(FILE).flush().await?;
+            self.flush_file(io).await?;
         }
         self.bitmaps.replace(list);
         self.allow_plain_writes();

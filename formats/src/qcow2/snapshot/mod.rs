@@ -354,7 +354,7 @@ impl Image {
         let needed: Vec<_> = needed.into_iter().map(run).collect();
         let written = draft.write(&needed).await?;
         // All of it is there before the header names it.
-        io.child(FILE).flush().await?;
+        self.flush_file(io).await?;
         let mut header = self.header().clone();
         header.bytes = next.bytes;
         header.l1_entries = next.l1.len() as u32;
