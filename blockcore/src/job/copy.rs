@@ -24,6 +24,7 @@ use futures_util::stream::FuturesUnordered;
 
 use super::{Job, Stopped};
 use crate::dirty_bitmap::{Area, Bits};
+use crate::fault::{self, Fault};
 use crate::filter::link::{CopyFailure, CopySide};
 use crate::io::policy::{Action, OnError};
 use crate::io::{Io, RequestKind, Root};
@@ -145,7 +146,12 @@ impl Copying {
                 continue;
             };
             match result {
-                Ok(()) => self.count(job, area.bytes),
+                Ok(()) => {
+                    if fault::is_planted(Fault::MarkFallsLate) {
+                        self.todo.clear(area.offset, area.bytes);
+                    }
+                    self.count(job, area.bytes);
+                }
                 Err(failure) => {
                     tries_again = true;
                     failed = self.handle(job, area, failure, &mut copied).await.err();
