@@ -509,8 +509,12 @@ impl Change {
                 let mut children = graph.shape.children(*id);
                 writes && children.any(|(_, edge)| state.shape.contains(edge.child))
             };
-            let going: Vec<_> = state.removed.iter().copied().collect();
-            let going: Vec<_> = going.into_iter().filter(leaves_something).collect();
+            let going: Vec<_> = state
+                .removed
+                .iter()
+                .copied()
+                .filter(leaves_something)
+                .collect();
             let above = graph.roots_above(&going.iter().copied().collect());
             (going, above)
         });

@@ -1,6 +1,6 @@
 //! Jobs: long operations on nodes, with states and verbs, while guests go on.
 //!
-//! A [`Job`] is what every kind has in common: its state, who has it held, how fast it may be, how far it
+//! A `Job` is what every kind has in common: its state, who has it held, how fast it may be, how far it
 //! is, how it ended. What it does is a [`Work`]: [`backup`], [`commit`], [`mirror`] and [`stream`] are one
 //! policy each; what they share of copying is in [`copy`]. A job is a task on the control thread, and
 //! does its I/O through a root of its own, like any user of a disk.
