@@ -465,9 +465,8 @@ impl Life {
                 }
                 JobState::Running | JobState::Paused => match random.below(8) {
                     0 => {
-                        if self.jobs.pause(name).is_ok() {
-                            self.totals.borrow_mut().pauses += 1;
-                        }
+                        let paused = u64::from(self.jobs.pause(name).is_ok());
+                        self.totals.borrow_mut().pauses += paused;
                     }
                     1..4 => {
                         let _ = self.jobs.resume(name);

@@ -126,6 +126,17 @@ impl Bench {
         }
     }
 
+    /// Waits until the only job has come to rest in a status.
+    fn rests(&mut self, status: &str) {
+        let mut seen = 0;
+        // A drain in between passes.
+        while seen < 3 {
+            let is = self.jobs()[0]["return"][0]["status"] == status;
+            seen = if is { seen + 1 } else { 0 };
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+    }
+
     /// The events so far, without pauses that nobody asked for.
     fn events(&mut self) -> Vec<Value> {
         let mut events: Vec<Value> = Vec::new();
@@ -249,11 +260,12 @@ fn a_backup_is_paused_finalized_and_dismissed_as_qemus_is() {
             said.push(bench.call(verb, json!({"device": "j"})));
         }
         said.push(bench.call("blockdev-backup", spec.clone()));
+        bench.rests("running");
         for (verb, name) in VERBS {
             said.push(bench.call(verb, json!({name: "j"})));
         }
         said.push(bench.call("job-pause", json!({"id": "j"})));
-        bench.until("paused");
+        bench.rests("paused");
         said.push(bench.call("job-pause", json!({"id": "j"})));
         for (verb, name) in &VERBS[..3] {
             said.push(bench.call(verb, json!({*name: "j"})));
@@ -282,7 +294,7 @@ fn a_backup_is_paused_finalized_and_dismissed_as_qemus_is() {
         spec["speed"] = 1.into();
         said.push(bench.call("blockdev-backup", spec));
         said.push(bench.call("job-cancel", json!({"id": "j"})));
-        bench.until("concluded");
+        bench.rests("concluded");
         said.push(bench.call("block-job-dismiss", json!({"id": "j"})));
         said.extend(
             bench
@@ -495,9 +507,7 @@ fn failures_end_stop_or_do_not_matter_to_a_job_as_its_policy_says() {
                             std::thread::sleep(std::time::Duration::from_millis(5));
                         }
                         // It says so before it has come to rest.
-                        while bench.jobs()[0]["return"][0]["status"] != "paused" {
-                            std::thread::sleep(std::time::Duration::from_millis(5));
-                        }
+                        bench.rests("paused");
                         said.push(bench.jobs());
                         said.push(bench.call("job-resume", json!({"id": "j"})));
                     }
@@ -524,7 +534,7 @@ fn jobs_are_cancelled_when_the_daemon_ends() {
             json!({"job-id": "j", "device": "top", "target": "copy", "sync": "full", "speed": 1});
         let mut said = vec![bench.call("blockdev-backup", spec)];
         said.push(bench.call("job-pause", json!({"id": "j"})));
-        bench.until("paused");
+        bench.rests("paused");
         said.push(bench.nodes());
         said
     });
