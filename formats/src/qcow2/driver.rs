@@ -117,7 +117,7 @@ impl Driver for Qcow2Driver {
                 let options = ["discard", "lazy-refcounts", "overlap-check"];
                 options.iter().any(|option| name.contains(option))
             };
-            if wrote && changed.iter().all(in_place) {
+            if wrote && will_write && changed.iter().all(in_place) {
                 let header = self.image.header().clone();
                 let options =
                     run_options(&request.options, request.modes, &header, &request.node_name)?;
