@@ -23,6 +23,8 @@ use blockcore::Error;
 use clap::{ArgMatches, CommandFactory, FromArgMatches};
 use sd_notify::NotifyState;
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 fn main() -> ExitCode {
     // State in memory is suspect after a panic, and a restart is transparent.
@@ -126,8 +128,9 @@ fn print_help(args: &DaemonArgs) -> bool {
     true
 }
 
-/// Logs to standard error; `STONEWORK_LOG` chooses what, as in `warn` or `backend::worker=debug`. All is
-/// logged of the targets in `traced`.
+/// Logs to the journal if that is where standard error goes, which keeps levels and fields apart, else to
+/// standard error. `STONEWORK_LOG` chooses what, as in `warn` or `backend::worker=debug`. All is logged of the
+/// targets in `traced`.
 fn log(default: &str, traced: &[String]) {
     let mut filter =
         EnvFilter::try_from_env("STONEWORK_LOG").unwrap_or_else(|_| EnvFilter::new(default));
@@ -139,14 +142,27 @@ fn log(default: &str, traced: &[String]) {
         // Checked when the pattern was read.
         filter = filter.add_directive(directive.parse().expect("the name of a target"));
     }
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
+    let registry = tracing_subscriber::registry().with(filter);
+    if let Some(journal) = journal() {
+        return registry.with(journal).init();
+    }
+    let plain = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         // It would complain on standard error too, and end us if nobody reads that any more.
         .log_internal_errors(false)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .with_target(false)
-        .init();
+        .with_target(false);
+    registry.with(plain).init();
+}
+
+/// The journal, if systemd has connected standard error to it (`JOURNAL_STREAM` in systemd.exec(5)).
+fn journal() -> Option<tracing_journald::Layer> {
+    let stream = std::env::var("JOURNAL_STREAM").ok()?;
+    let own = rustix::fs::fstat(std::io::stderr()).ok()?;
+    if stream != format!("{}:{}", own.st_dev, own.st_ino) {
+        return None;
+    }
+    tracing_journald::layer().ok()
 }
 
 /// Takes all the descriptors that the host allows: front-ends bring hundreds, one for each region of

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::process::Command;
 
+use harness::frontend::Frontend;
 use serde_json::{Value, json};
 
 use crate::client::{Served, Which};
@@ -829,6 +830,103 @@ fn exports_that_cannot_be_are_refused_as_qemu_refuses_them() {
             (Same, "blockdev-del", json!({"node-name": "n"})),
         ],
     );
+}
+
+#[test]
+fn nodes_are_added_inactive_as_qemu_does() {
+    let file = |name: &str, more: Value| {
+        let mut file =
+            json!({"driver": "file", "node-name": name, "filename": "FOLDER/base.qcow2"});
+        let (Value::Object(all), Value::Object(more)) = (&mut file, more) else {
+            unreachable!("both are objects");
+        };
+        all.extend(more);
+        file
+    };
+    let qcow2 = |more: Value| node("qcow2", "n", more);
+    compare(
+        &[],
+        &[
+            (
+                Same,
+                "blockdev-add",
+                qcow2(json!({"active": false, "file": file("f", json!({}))})),
+            ),
+            (Fewer, "query-named-block-nodes", json!({"flat": true})),
+            (
+                Class,
+                "blockdev-reopen",
+                json!({"options": [qcow2(json!({"file": "f", "active": true}))]}),
+            ),
+            (
+                Same,
+                "blockdev-set-active",
+                json!({"node-name": "n", "active": true}),
+            ),
+            (Fewer, "query-named-block-nodes", json!({"flat": true})),
+            (
+                Same,
+                "blockdev-add",
+                node("raw", "r", json!({"active": "maybe", "file": "f"})),
+            ),
+            (Same, "blockdev-add", file("g", json!({"active": false}))),
+            (Same, "blockdev-add", node("raw", "r", json!({"file": "g"}))),
+            (
+                Same,
+                "blockdev-add",
+                node("raw", "r", json!({"file": "g", "active": false})),
+            ),
+        ],
+    );
+}
+
+/// As a disk is handed over from one host to another.
+#[test]
+fn an_image_that_another_process_writes_to_is_opened_inactive_and_taken_over() {
+    let folder = tempfile::tempdir().unwrap();
+    images(folder.path());
+    let image = folder.path().join("base.qcow2");
+    let add = json!({
+        "driver": "qcow2", "node-name": "n",
+        "file": {"driver": "file", "filename": image.to_str().unwrap()},
+    });
+    let mut inactive = add.clone();
+    inactive["active"] = json!(false);
+    let export = json!({
+        "type": "nbd", "id": "e", "node-name": "n", "writable": true,
+    });
+    let socket = folder.path().join("nbd.sock");
+    let server = format!("addr.type=unix,addr.path={}", socket.display());
+    let owner = Served::start(Which::Qemus, &["--nbd-server", &server]);
+    let mut theirs = owner.client();
+    let done = json!({"return": {}});
+    assert_eq!(theirs.call("blockdev-add", add), done);
+    assert_eq!(theirs.call("block-export-add", export), done);
+
+    let served = Served::start(Which::Ours, &[]);
+    let mut ours = served.client();
+    assert_eq!(ours.call("blockdev-add", inactive), done);
+    let uri = format!("nbd+unix:///n?socket={}", socket.display());
+    let written = Command::new("qemu-io")
+        .args(["-f", "raw", "-c", "write -P 7 64k 64k", &uri])
+        .output();
+    assert!(written.unwrap().status.success());
+    let take = json!({"node-name": "n", "active": true});
+    // It is still the other's.
+    let early = ours.call("blockdev-set-active", take.clone());
+    assert_eq!(early["error"]["class"], "GenericError", "{early}");
+    theirs.call("quit", json!({}));
+    assert!(owner.wait().success());
+    assert_eq!(ours.call("blockdev-set-active", take), done);
+    let addr = json!({"type": "unix", "path": folder.path().join("vm.sock").to_str().unwrap()});
+    let export = json!({
+        "type": "vhost-user-blk", "id": "e", "node-name": "n", "writable": true, "addr": addr,
+    });
+    assert_eq!(ours.call("block-export-add", export), done);
+    let mut frontend = Frontend::connect(&folder.path().join("vm.sock"));
+    let mut ring = frontend.start_queue(0, 16);
+    assert!(frontend.read(&mut ring, 128, 64 << 10) == vec![7; 64 << 10]);
+    frontend.write(&mut ring, 0, &[8; 512]);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::Path;
 use std::time::Duration;
 
-use harness::daemon::{Daemon, Place, eventually, run, serve, stonework};
+use harness::daemon::{Daemon, Place, eventually, run, serve, stonework, stonework_path};
 use harness::frontend::Frontend;
 
 use crate::{MIB, text};
@@ -97,6 +97,53 @@ fn a_service_manager_is_told_when_it_is_ready_and_when_it_stops() {
     daemon.stop();
     let bytes = notify.recv(&mut said).expect("it says so");
     assert_eq!(&said[..bytes], b"STOPPING=1\n");
+}
+
+#[test]
+fn a_service_logs_to_the_journal_with_levels_and_fields() {
+    let place = Place::new();
+    let disk = place.sparse("disk.raw", MIB);
+    let journal = UnixDatagram::bind(place.join("journal")).expect("there is room for tests");
+    journal
+        .set_read_timeout(Some(LIMIT))
+        .expect("a socket has one");
+    // As systemd sets it up.
+    let script = format!(
+        "mount -t tmpfs none /run && mkdir -p /run/systemd/journal \
+         && ln -s {journal} /run/systemd/journal/socket && exec 2>{log} \
+         && export JOURNAL_STREAM=$(stat -c %d:%i {log}) && exec \"$0\" serve {disk} --format raw \
+         --socket {socket}",
+        journal = text(&place.join("journal")),
+        log = text(&place.join("log")),
+        disk = text(&disk),
+        socket = text(&place.join("vm.sock")),
+    );
+    let mut command = std::process::Command::new("unshare");
+    command.arg("--mount");
+    if !rustix::process::geteuid().is_root() {
+        command.arg("--map-root-user");
+    }
+    command.args(["sh", "-c", &script]).arg(stonework_path());
+    command.env("STONEWORK_LOG", "trace");
+    let daemon = Daemon::start_announced(command);
+    let mut said = [0; 4096];
+    // A front-end that makes no sense is worth a line.
+    let mut other = UnixStream::connect(place.join("vm.sock")).expect("it is served");
+    other.write_all(&[0xff; 64]).expect("it is read");
+    // What finds out whether anybody is there says nothing.
+    let mut bytes = 0;
+    while bytes == 0 {
+        bytes = journal.recv(&mut said).expect("it is told something");
+    }
+    let said = String::from_utf8_lossy(&said[..bytes]);
+    assert!(
+        said.contains("PRIORITY=") && said.contains("MESSAGE"),
+        "{said}"
+    );
+    assert!(said.contains("SYSLOG_IDENTIFIER=stonework"), "{said}");
+    daemon.stop();
+    let log = std::fs::read_to_string(place.join("log")).expect("the shell made it");
+    assert_eq!(log, "", "what the journal has is not said twice");
 }
 
 #[test]

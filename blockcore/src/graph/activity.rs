@@ -176,6 +176,9 @@ impl Change {
             self.state_mut().shape.vertex_mut(id).modes.inactive = false;
             // Others are kept out before the driver looks at what they have left.
             self.prepare_permissions().await?;
+            for below in self.in_order(id) {
+                self.look_again(below).await?;
+            }
             let root = self.temporary_root(id, Permissions::all());
             let driver = self.driver_of(id);
             let io = driver.take().activate(root).await?;

@@ -442,7 +442,7 @@ impl Change {
     }
 
     /// A node has its first user: others may have changed it before they were kept out.
-    async fn look_again(&mut self, id: NodeId) -> Result<(), Error> {
+    pub(super) async fn look_again(&mut self, id: NodeId) -> Result<(), Error> {
         if self.state().shape.vertex(id).kind.kind != DriverKind::Protocol {
             return Ok(());
         }

@@ -46,6 +46,14 @@ pub const NODE_OPTIONS: &[OptionSpec] = &[
         help: "open without the right to write",
     },
     OptionSpec {
+        name: "active",
+        kind: OptionKind::Bool,
+        default: Some("on"),
+        reopen: false,
+        changes_data: false,
+        help: "off: another process owns the image for now, until the node is made active",
+    },
+    OptionSpec {
         name: "auto-read-only",
         kind: OptionKind::Bool,
         default: Some("off"),
@@ -272,7 +280,7 @@ pub(super) fn modes_of(
             _ => DetectZeroes::Off,
         },
         force_share: own("force-share", defaults.force_share),
-        inactive: defaults.inactive,
+        inactive: !own("active", true),
         check: defaults.check,
     };
     if modes.force_share && !modes.read_only {
@@ -370,6 +378,7 @@ impl Change {
             let whose = format!("driver '{driver}' of node '{name}'");
             options.check(&[NODE_OPTIONS, kind.options], &whose)?;
             let id = self.add_vertex(kind, &name, modes, &options, &children)?;
+            self.check_active(id)?;
             // Others are kept out before the driver looks at what its children hold.
             if let Err(error) = self.prepare_permissions().await {
                 let denied = error.kind() == ErrorKind::PermissionDenied;
@@ -395,6 +404,25 @@ impl Change {
             Ok((id, backing.map(|backing| WantedBacking { modes, backing })))
         }
         .boxed_local()
+    }
+
+    /// What is active is not above what another process may change.
+    fn check_active(&self, id: NodeId) -> Result<(), Error> {
+        let shape = &self.state().shape;
+        let parent = shape.vertex(id);
+        if parent.modes.inactive {
+            return Ok(());
+        }
+        for (index, edge) in shape.children(id) {
+            let child = shape.vertex(edge.child);
+            if child.modes.inactive {
+                return Err(Error::invalid(format!(
+                    "Inactive '{}' can't be a {} child of active '{}'",
+                    child.name, parent.kind.children[index].name, parent.name
+                )));
+            }
+        }
+        Ok(())
     }
 
     fn name_for(&self, options: &mut Options) -> Result<String, Error> {

@@ -12,9 +12,9 @@ use super::open::{Inherited, NODE_OPTIONS, modes_of};
 use super::{Change, Control, NodeId};
 use crate::Error;
 use crate::drain::Scope;
-use crate::driver::{ReopenRequest, Role};
+use crate::driver::{OpenModes, ReopenRequest, Role};
 use crate::io::{RequestKind, Root};
-use crate::options::{ChildOption, Options};
+use crate::options::{ChildOption, Options, parse_bool};
 
 /// A node whose driver has prepared to be reopened.
 pub(super) struct Reopening {
@@ -168,7 +168,18 @@ impl Change {
         }
         options.set("driver", vertex.kind.name);
         options.take("node-name");
-        let modes = modes_of(&options, inherited, name)?;
+        let modes = OpenModes {
+            inactive: vertex.modes.inactive,
+            ..modes_of(&options, inherited, name)?
+        };
+        // Reopening hands nothing over.
+        let active = options.get("active").and_then(parse_bool);
+        if active == Some(modes.inactive) {
+            return Err(Error::invalid(format!(
+                "cannot change the option 'active' of node '{name}' by reopening it: images are handed over by \
+                 making a node active or inactive"
+            )));
+        }
         let place = queue.len();
         queue.push(Entry {
             node,
