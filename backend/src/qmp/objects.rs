@@ -1,11 +1,13 @@
 //! Objects: what nodes and exports refer to by name, under QEMU's names.
 //!
 //! A `throttle-group` is the block layer's. An `iothread` is a name for a worker with its wishes for polling.
-//! A `secret` is kept for whoever asks by name. A `main-loop` is what there is anyway.
+//! A `secret` is kept for whoever asks by name, and so are keys (`tls-creds-x509`). A `main-loop` is what there is anyway.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::rc::{Rc, Weak};
+use std::sync::Arc;
 use std::time::Duration;
 
 use blockcore::ErrorKind;
@@ -17,6 +19,7 @@ use super::Service;
 use super::command::Commands;
 use crate::config::is_identifier;
 use crate::daemon::Daemon;
+use crate::nbd::{Credentials, Endpoint};
 use crate::qapi::{
     ErrorClass, Form, Input, Member, Members, Object, Qapi, QmpError, Schema, emit_object,
     parse_object,
@@ -187,6 +190,35 @@ impl Object for ThrottleGroupProperties {
     }
 }
 
+qapi_enum! {
+    /// Whose keys they are.
+    pub enum TlsEndpoint {
+        /// Of who connects.
+        Client = "client",
+        /// Of who is connected to.
+        Server = "server",
+    }
+}
+
+qapi_struct! {
+    /// Keys and certificates in a directory.
+    pub struct TlsCredsX509Properties {
+        /// Whether a server takes clients only whose certificates are signed; it does by default. A client
+        /// always looks at the server's.
+        verify_peer: Option<bool> = "verify-peer",
+        /// Where they are.
+        dir: Option<String> = "dir",
+        /// Whose they are; a client's by default.
+        endpoint: Option<TlsEndpoint> = "endpoint",
+        /// Which ciphers are to be had; not in this version.
+        priority: Option<String> = "priority",
+        /// Whether certificates are looked at at once; they are when connections are made in any case.
+        sanity_check: Option<bool> = "sanity-check",
+        /// The secret that the key is encrypted with; not in this version.
+        passwordid: Option<String> = "passwordid",
+    }
+}
+
 crate::qapi_union! {
     /// What kinds of objects there are.
     pub enum ObjectKind by "qom-type" {
@@ -198,6 +230,8 @@ crate::qapi_union! {
         Secret(SecretProperties) = "secret",
         /// Limits that nodes share.
         ThrottleGroup(ThrottleGroupProperties) = "throttle-group",
+        /// Keys for encrypted connections.
+        TlsCredsX509(TlsCredsX509Properties) = "tls-creds-x509",
     }
 }
 
@@ -234,6 +268,7 @@ impl Qapi for ObjectOptions {
                 MainLoopProperties::describe(schema),
                 SecretProperties::describe(schema),
                 ThrottleGroupProperties::describe(schema),
+                TlsCredsX509Properties::describe(schema),
             ];
             let cases = words
                 .iter()
@@ -276,7 +311,7 @@ struct Kind {
     properties: &'static [(&'static str, &'static str)],
 }
 
-const KINDS: [Kind; 4] = [
+const KINDS: [Kind; 5] = [
     Kind {
         name: "iothread",
         parent: "event-loop-base",
@@ -311,6 +346,18 @@ const KINDS: [Kind; 4] = [
         name: "throttle-group",
         parent: "object",
         properties: &[("limits", "ThrottleLimits")],
+    },
+    Kind {
+        name: "tls-creds-x509",
+        parent: "tls-creds",
+        properties: &[
+            ("dir", "string"),
+            ("endpoint", "QCryptoTLSCredsEndpoint"),
+            ("passwordid", "string"),
+            ("priority", "string"),
+            ("sanity-check", "bool"),
+            ("verify-peer", "bool"),
+        ],
     },
 ];
 
@@ -409,6 +456,11 @@ impl Objects {
                 properties.format.get_or_insert(SecretFormat::Raw);
                 ("secret", emit_object(&properties))
             }
+            ObjectKind::TlsCredsX509(properties) => {
+                let loaded = load_keys(&properties)?;
+                self.control.credentials().add(&id, Arc::new(loaded))?;
+                ("tls-creds-x509", emit_object(&properties))
+            }
             ObjectKind::ThrottleGroup(ThrottleGroupProperties(limits)) => {
                 self.control.add_throttle_group(&id, limits)?;
                 ("throttle-group", json!({}))
@@ -449,6 +501,10 @@ impl Objects {
             Some("main-loop") => return in_use(),
             Some("iothread") => self.daemon()?.remove_iothread(id)?,
             Some("throttle-group") => match self.control.remove_throttle_group(id) {
+                Err(error) if error.kind() == ErrorKind::Busy => return in_use(),
+                result => result?,
+            },
+            Some("tls-creds-x509") => match self.control.credentials().remove(id) {
                 Err(error) if error.kind() == ErrorKind::Busy => return in_use(),
                 result => result?,
             },
@@ -529,6 +585,7 @@ impl Objects {
         let mut members = input.members()?;
         match *type_name {
             "int" => drop(members.take::<i64>(property)?),
+            "bool" => drop(members.take::<bool>(property)?),
             _ => drop(members.take::<String>(property)?),
         }
         check_number(property, value)?;
@@ -570,6 +627,27 @@ fn missing(id: &str) -> QmpError {
 
 fn unknown(kind: &str, property: &str) -> QmpError {
     QmpError::generic(format!("Property '{kind}.{property}' not found"))
+}
+
+fn load_keys(properties: &TlsCredsX509Properties) -> Result<Credentials, QmpError> {
+    let later = [
+        ("priority", properties.priority.is_some()),
+        ("passwordid", properties.passwordid.is_some()),
+    ];
+    if let Some((name, _)) = later.iter().find(|(_, given)| *given) {
+        return Err(QmpError::generic(format!(
+            "option '{name}' of tls-creds-x509 is not in this version of stonework"
+        )));
+    }
+    let Some(dir) = &properties.dir else {
+        return Err(QmpError::generic("Missing 'dir' property value"));
+    };
+    let endpoint = match properties.endpoint {
+        Some(TlsEndpoint::Server) => Endpoint::Server,
+        Some(TlsEndpoint::Client) | None => Endpoint::Client,
+    };
+    let verify_peer = properties.verify_peer.unwrap_or(true);
+    Ok(Credentials::load(Path::new(dir), endpoint, verify_peer)?)
 }
 
 fn load_secret(properties: &SecretProperties) -> Result<Vec<u8>, QmpError> {
