@@ -49,6 +49,16 @@ pub enum Fault {
     BitmapsNotInUse,
     /// qcow2: bitmaps that were stored are named before they are durable.
     BitmapsNamedEarly,
+    /// Jobs: a mark falls after what it stands for has been copied, and not before.
+    MarkFallsLate,
+    /// Jobs: what guests write is not marked for the mirror above it.
+    MirrorMark,
+    /// Jobs: a mirror takes its source's place with something left to copy.
+    PivotWithRest,
+    /// Jobs: a write that goes to both ends may be overtaken by a copy.
+    MirrorTurn,
+    /// Jobs: what guests overwrite is not kept for a backup.
+    BackupTurn,
 }
 
 impl Fault {
@@ -66,6 +76,15 @@ impl Fault {
     pub const BITMAPS: [(&'static str, Self); 2] = [
         ("bitmaps-not-in-use", Self::BitmapsNotInUse),
         ("bitmaps-named-early", Self::BitmapsNamedEarly),
+    ];
+
+    /// Those of jobs, with their names.
+    pub const JOBS: [(&'static str, Self); 5] = [
+        ("mark-falls-late", Self::MarkFallsLate),
+        ("mirror-mark", Self::MirrorMark),
+        ("pivot-with-rest", Self::PivotWithRest),
+        ("mirror-turn", Self::MirrorTurn),
+        ("backup-turn", Self::BackupTurn),
     ];
 
     /// Those of the block layer itself, with their names.

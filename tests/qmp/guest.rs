@@ -199,6 +199,9 @@ fn guests_go_on_through_jobs_of_every_kind_and_find_what_they_wrote() {
                 load.goes_on();
                 disk.done("job-complete", json!({"id": "j"}));
                 disk.until("null");
+                for name in [active, low] {
+                    disk.done("blockdev-del", json!({"node-name": name}));
+                }
                 top = target;
             }
             _ => {
@@ -208,6 +211,7 @@ fn guests_go_on_through_jobs_of_every_kind_and_find_what_they_wrote() {
                 );
                 disk.disturb(&load);
                 disk.until("null");
+                disk.done("blockdev-del", json!({"node-name": low}));
                 top = active;
             }
         }

@@ -33,6 +33,7 @@ use crate::driver::{
     ChildPermissions, ChildQuery, ChildSpec, Driver, DriverIo, DriverType, Mapping, Opened,
     Preallocation, Role, StatusFlags, TruncateFlags, WriteFlags, ZeroFlags,
 };
+use crate::fault::{self, Fault};
 use crate::graph::NodeId;
 use crate::graph::permission::{self, Permissions};
 use crate::io::buffer::Segments;
@@ -183,7 +184,8 @@ impl Link {
         offset: u64,
         bytes: u64,
     ) -> Result<(), CopyFailure> {
-        let _turn = self.turns.begin(offset, offset + bytes, true).await;
+        let alone = !fault::is_planted(Fault::MirrorTurn);
+        let _turn = self.turns.begin(offset, offset + bytes, alone).await;
         let end = offset + bytes;
         let mut next = offset;
         while next < end {
@@ -284,7 +286,7 @@ struct Mark<'a> {
 
 impl Drop for Mark<'_> {
     fn drop(&mut self) {
-        if self.is_needed {
+        if self.is_needed && !fault::is_planted(Fault::MirrorMark) {
             self.link.dirty.set(self.offset, self.bytes);
         }
     }
@@ -329,7 +331,8 @@ impl LinkIo {
         let turn = match &for_target {
             Some(_) => {
                 let end = offset.saturating_add(bytes);
-                Some(self.0.turns.begin(offset, end, true).await)
+                let alone = !fault::is_planted(Fault::MirrorTurn);
+                Some(self.0.turns.begin(offset, end, alone).await)
             }
             None => None,
         };

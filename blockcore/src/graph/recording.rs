@@ -345,17 +345,13 @@ impl Control {
     async fn verify(&self, export: &str, node: &str, recorded: &Tree) -> Result<(), Error> {
         let files = self.read(|graph| {
             let id = graph.node(node)?.id();
-            Ok::<_, Error>(files_below(&graph.view(), id))
+            let mut files = Vec::new();
+            recorded_files(&graph.view(), id, recorded, &recorded.root, &mut files);
+            Ok::<_, Error>(files)
         })?;
-        let known: BTreeMap<_, _> = recorded
-            .nodes
-            .iter()
-            .filter_map(|(name, node)| Some((name, node.identity.as_ref()?)))
-            .collect();
-        for (name, file) in files {
+        for (expected, file) in files {
             let found = identity(self, &file).await?;
-            let expected = known.get(&name);
-            if expected.is_some_and(|expected| !expected.matches(&found)) {
+            if !expected.matches(&found) {
                 return Err(Error::new(
                     ErrorKind::Invalid,
                     format!(
@@ -368,6 +364,34 @@ impl Control {
             }
         }
         Ok(())
+    }
+}
+
+/// The files below a node that is recorded as `name`, with what is recorded of each. By what each node is to
+/// its parent: a name that nobody gave is another one in every process.
+fn recorded_files(
+    view: &View<'_>,
+    id: NodeId,
+    tree: &Tree,
+    name: &str,
+    found: &mut Vec<(Identity, Arc<OpenFile>)>,
+) {
+    let Some(record) = tree.nodes.get(name) else {
+        return;
+    };
+    let vertex = view.shape.vertex(id);
+    let mut children = view.shape.children(id).peekable();
+    if children.peek().is_none()
+        && let (Some(expected), Some(file)) = (&record.identity, view.io(id).files().first())
+    {
+        found.push((*expected, Arc::clone(file)));
+    }
+    for (index, edge) in children {
+        let role = vertex.kind.children[index].name;
+        let below = record.children.get(role).and_then(ChildRecord::node);
+        if let Some(below) = below {
+            recorded_files(view, edge.child, tree, below, found);
+        }
     }
 }
 

@@ -139,6 +139,11 @@ impl Change {
         }
         // Children before parents: these may look at what they are going to have.
         for entry in queue.into_iter().rev() {
+            let has_children = self.state().shape.children(entry.node).next().is_some();
+            if has_children && entry.before.read_only && !entry.modes.read_only {
+                // Its driver may write to what holds it at once.
+                self.prepare_permissions().await?;
+            }
             self.reopen_driver(entry).await?;
         }
         Ok(())

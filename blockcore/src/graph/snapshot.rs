@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use super::permission::Permissions;
 use super::{Control, Graph, NodeId, Operation};
 use crate::drain::Scope;
 use crate::driver::Role;
@@ -89,8 +90,10 @@ impl Graph {
         }
         self.check_operation(below, Operation::ExternalSnapshot)?;
         let above = find(overlay)?.id();
-        if self.shape.parents(above).next().is_some() || above == below {
-            return Err(Error::busy("The overlay is already in use"));
+        let in_use = || Error::busy("The overlay is already in use");
+        let needs = self.shape.cumulative(above).needs;
+        if needs.contains(Permissions::CONSISTENT_READ) {
+            return Err(in_use());
         }
         self.check_operation(above, Operation::ExternalSnapshot)?;
         let kind = self.shape.vertex(above).kind;
@@ -105,6 +108,9 @@ impl Graph {
         }
         if self.backing_of(above).is_some() {
             return Err(Error::invalid("The overlay already has a backing image"));
+        }
+        if self.shape.parents(above).next().is_some() || above == below {
+            return Err(in_use());
         }
         Ok((below, above))
     }

@@ -24,6 +24,7 @@ use futures_util::stream::FuturesUnordered;
 
 use super::{Job, Stopped};
 use crate::dirty_bitmap::{Area, Bits};
+use crate::fault::{self, Fault};
 use crate::filter::link::{CopyFailure, CopySide};
 use crate::io::policy::{Action, OnError};
 use crate::io::{Io, RequestKind, Root};
@@ -103,6 +104,8 @@ impl Copying {
         let mut copied = Copied::default();
         let mut next = 0;
         let mut failed = None;
+        // Whether something of this pass has to be tried again.
+        let mut tries_again = false;
         loop {
             let told = job.listen();
             if (job.must_stop() || failed.is_some()) && under_way.is_empty() {
@@ -128,11 +131,12 @@ impl Copying {
                     continue;
                 }
                 if under_way.is_empty() {
-                    if self.left_bytes() <= enough() {
+                    let enough = if tries_again { 0 } else { enough() };
+                    if self.left_bytes() <= enough {
                         return Ok(copied);
                     }
                     // From the beginning: what was changed meanwhile, or failed.
-                    next = 0;
+                    (next, tries_again) = (0, false);
                     continue;
                 }
             }
@@ -142,8 +146,14 @@ impl Copying {
                 continue;
             };
             match result {
-                Ok(()) => self.count(job, area.bytes),
+                Ok(()) => {
+                    if fault::is_planted(Fault::MarkFallsLate) {
+                        self.todo.clear(area.offset, area.bytes);
+                    }
+                    self.count(job, area.bytes);
+                }
                 Err(failure) => {
+                    tries_again = true;
                     failed = self.handle(job, area, failure, &mut copied).await.err();
                 }
             }

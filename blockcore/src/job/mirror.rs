@@ -24,6 +24,7 @@ use super::copy::Copying;
 use super::registry::Jobs;
 use super::{Job, JobKind, JobSpec, Stopped, Work};
 use crate::drain::Scope;
+use crate::fault::{self, Fault};
 use crate::filter::link::{CopyFailure, Link, LinkSpec, MIRROR_TOP};
 use crate::graph::{BlockerId, Change, Control, FilterSpec, Graph, NodeId, Operation};
 use crate::io::policy::OnError;
@@ -443,6 +444,9 @@ impl Mirror {
         let dirty = self.link.dirty();
         let copied: Result<(), CopyFailure> = async {
             while let Some(area) = dirty.next_area(0, u64::MAX, 1 << 20) {
+                if fault::is_planted(Fault::PivotWithRest) {
+                    break;
+                }
                 dirty.clear(area.offset, area.bytes);
                 let copied = self.link.copy(request.io(), area.offset, area.bytes).await;
                 if let Err(failure) = copied {
