@@ -8,6 +8,7 @@ use rcgen::{
     KeyUsagePurpose,
 };
 
+use crate::hostile::Client;
 use crate::setup::{Server, Which, run, tool};
 
 /// An authority's folder of certificates for both ends.
@@ -150,6 +151,42 @@ fn who_does_not_encrypt_or_has_other_keys_is_refused_and_soon() {
     let image = options(&server, ",tls-creds=t,tls-hostname=localhost");
     let (done, said) = info(Some(&client_object(&nameless)), &image);
     assert!(done, "{said}");
+}
+
+#[test]
+fn what_is_said_in_plain_text_around_the_beginning_of_encryption_ends_the_connection() {
+    const STARTTLS: u32 = 5;
+    let folder = tempfile::tempdir().unwrap();
+    authority(folder.path(), "good");
+    let server = offered(Which::Ours, folder.path(), "off");
+    // Nothing is told, of an export that there is or not, but that encryption comes first.
+    let mut client = Client::greeted(&server);
+    for (option, data) in [
+        (3, &b""[..]),
+        (6, b"\0\0\0\x01d\0\0"),
+        (8, b""),
+        (11, b""),
+        (99, b""),
+    ] {
+        client.option(option, data);
+        assert_eq!(client.answered(), 0x8000_0005, "option {option}");
+    }
+    // No record of TLS.
+    client.option(STARTTLS, b"");
+    assert_eq!(client.answered(), 1);
+    client.say(&[0x77; 64]);
+    client.is_ended();
+    // What was put behind it would be taken for what was encrypted.
+    let mut client = Client::greeted(&server);
+    let mut both = b"IHAVEOPT\0\0\0\x05\0\0\0\0".to_vec();
+    both.extend(b"IHAVEOPT\0\0\0\x03\0\0\0\0");
+    client.say(&both);
+    client.is_ended();
+    // The old way of choosing has no answer.
+    let mut client = Client::greeted(&server);
+    client.option(1, b"d");
+    client.is_ended();
+    server.quit();
 }
 
 #[test]

@@ -5,7 +5,6 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,9 +16,9 @@ use serde_json::{Map, Value, json};
 
 use super::Service;
 use super::command::Commands;
+use super::keys::TlsCredsX509Properties;
 use crate::config::is_identifier;
 use crate::daemon::Daemon;
-use crate::nbd::{Credentials, Endpoint};
 use crate::qapi::{
     ErrorClass, Form, Input, Member, Members, Object, Qapi, QmpError, Schema, emit_object,
     parse_object,
@@ -187,35 +186,6 @@ impl Object for ThrottleGroupProperties {
         }];
         members.extend(limit_members(schema, |property| property.x_name));
         members
-    }
-}
-
-qapi_enum! {
-    /// Whose keys they are.
-    pub enum TlsEndpoint {
-        /// Of who connects.
-        Client = "client",
-        /// Of who is connected to.
-        Server = "server",
-    }
-}
-
-qapi_struct! {
-    /// Keys and certificates in a directory.
-    pub struct TlsCredsX509Properties {
-        /// Whether a server takes clients only whose certificates are signed; it does by default. A client
-        /// always looks at the server's.
-        verify_peer: Option<bool> = "verify-peer",
-        /// Where they are.
-        dir: Option<String> = "dir",
-        /// Whose they are; a client's by default.
-        endpoint: Option<TlsEndpoint> = "endpoint",
-        /// Which ciphers are to be had; not in this version.
-        priority: Option<String> = "priority",
-        /// Whether certificates are looked at at once; they are when connections are made in any case.
-        sanity_check: Option<bool> = "sanity-check",
-        /// The secret that the key is encrypted with; not in this version.
-        passwordid: Option<String> = "passwordid",
     }
 }
 
@@ -457,7 +427,7 @@ impl Objects {
                 ("secret", emit_object(&properties))
             }
             ObjectKind::TlsCredsX509(properties) => {
-                let loaded = load_keys(&properties)?;
+                let loaded = properties.load()?;
                 self.control.credentials().add(&id, Arc::new(loaded))?;
                 ("tls-creds-x509", emit_object(&properties))
             }
@@ -627,27 +597,6 @@ fn missing(id: &str) -> QmpError {
 
 fn unknown(kind: &str, property: &str) -> QmpError {
     QmpError::generic(format!("Property '{kind}.{property}' not found"))
-}
-
-fn load_keys(properties: &TlsCredsX509Properties) -> Result<Credentials, QmpError> {
-    let later = [
-        ("priority", properties.priority.is_some()),
-        ("passwordid", properties.passwordid.is_some()),
-    ];
-    if let Some((name, _)) = later.iter().find(|(_, given)| *given) {
-        return Err(QmpError::generic(format!(
-            "option '{name}' of tls-creds-x509 is not in this version of stonework"
-        )));
-    }
-    let Some(dir) = &properties.dir else {
-        return Err(QmpError::generic("Missing 'dir' property value"));
-    };
-    let endpoint = match properties.endpoint {
-        Some(TlsEndpoint::Server) => Endpoint::Server,
-        Some(TlsEndpoint::Client) | None => Endpoint::Client,
-    };
-    let verify_peer = properties.verify_peer.unwrap_or(true);
-    Ok(Credentials::load(Path::new(dir), endpoint, verify_peer)?)
 }
 
 fn load_secret(properties: &SecretProperties) -> Result<Vec<u8>, QmpError> {
