@@ -252,21 +252,7 @@ impl Export {
 
     /// The requests that the disk is working on, each with the number of its worker; for messages.
     pub async fn in_flight(&self) -> Vec<(usize, InFlight)> {
-        let mut answers = Vec::new();
-        for worker in &self.workers {
-            let ((reply, answer), id) = (oneshot::channel(), self.root);
-            worker.context.post(move |context| {
-                let root = context.root(id);
-                let _ = reply.send(root.map_or_else(Vec::new, |root| root.requests()));
-            });
-            answers.push(answer);
-        }
-        let mut all = Vec::new();
-        for (worker, answer) in answers.into_iter().enumerate() {
-            let requests = answer.await.unwrap_or_default();
-            all.extend(requests.into_iter().map(|request| (worker, request)));
-        }
-        all
+        requests_of(self.root, &self.workers).await
     }
 
     /// Whether the guest's requests were stopped for a failure since the last resume; `None` if the
@@ -514,6 +500,25 @@ impl Export {
         self.workers[worker].commands.post(command(reply));
         answer.await.ok()
     }
+}
+
+/// The requests of a root that are under way, each with the number of its worker.
+pub(crate) async fn requests_of(root: RootId, workers: &[WorkerHandle]) -> Vec<(usize, InFlight)> {
+    let mut answers = Vec::new();
+    for worker in workers {
+        let (reply, answer) = oneshot::channel();
+        worker.context.post(move |context| {
+            let root = context.root(root);
+            let _ = reply.send(root.map_or_else(Vec::new, |root| root.requests()));
+        });
+        answers.push(answer);
+    }
+    let mut all = Vec::new();
+    for (worker, answer) in answers.into_iter().enumerate() {
+        let requests = answer.await.unwrap_or_default();
+        all.extend(requests.into_iter().map(|request| (worker, request)));
+    }
+    all
 }
 
 /// The block size that the guest is told, if the node can be a disk with it.

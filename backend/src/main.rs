@@ -271,7 +271,7 @@ fn build_daemon(daemon: &Rc<Daemon>, args: &DaemonArgs, given: &ArgMatches) -> R
         ("nbd_server", &args.nbd_server, |daemon, text| {
             let (value, form) = parse_value(text, "addr.type")?;
             let options = daemon.service().commands().parse_option(&value, form)?;
-            daemon.start_nbd_server(&ServerOptions::from_flag(options)?)
+            daemon.start_nbd_server(&ServerOptions::from_flag(options, daemon.control())?)
         }),
         ("object", &args.object, |daemon, text| {
             let (value, form) = parse_value(text, "qom-type")?;

@@ -18,6 +18,8 @@
 //! Under `--cfg loom` only the modelled files are built: the model checker's locks and counts take the
 //! place of real ones, and nothing else can use those.
 
+#[cfg(not(loom))]
+pub mod credentials;
 pub mod dirty_bitmap;
 #[cfg(not(loom))]
 pub mod drain;

@@ -25,17 +25,17 @@ fn started(folder: &std::path::Path, more: &str) -> Server {
 }
 
 /// A client of raw bytes.
-struct Client(UnixStream);
+pub(crate) struct Client(pub(crate) UnixStream);
 
 impl Client {
-    fn connect(server: &Server) -> Self {
+    pub(crate) fn connect(server: &Server) -> Self {
         let stream = UnixStream::connect(server.socket()).unwrap();
         stream.set_read_timeout(Some(LIMIT)).unwrap();
         Self(stream)
     }
 
     /// Connects and exchanges flags.
-    fn greeted(server: &Server) -> Self {
+    pub(crate) fn greeted(server: &Server) -> Self {
         let mut client = Self::connect(server);
         let greeting: [u8; 18] = client.take();
         assert_eq!(&greeting[..16], b"NBDMAGICIHAVEOPT");
@@ -51,7 +51,7 @@ impl Client {
         client
     }
 
-    fn say(&mut self, bytes: &[u8]) {
+    pub(crate) fn say(&mut self, bytes: &[u8]) {
         self.0.write_all(bytes).unwrap();
     }
 
@@ -61,7 +61,7 @@ impl Client {
         bytes
     }
 
-    fn option(&mut self, option: u32, data: &[u8]) {
+    pub(crate) fn option(&mut self, option: u32, data: &[u8]) {
         let mut bytes = b"IHAVEOPT".to_vec();
         bytes.extend(option.to_be_bytes());
         bytes.extend((data.len() as u32).to_be_bytes());
@@ -70,7 +70,7 @@ impl Client {
     }
 
     /// The kind of the next reply to an option.
-    fn answered(&mut self) -> u32 {
+    pub(crate) fn answered(&mut self) -> u32 {
         let header: [u8; 20] = self.take();
         let number = |at: usize| u32::from_be_bytes(header[at..at + 4].try_into().unwrap());
         let mut data = vec![0; number(16) as usize];
@@ -97,7 +97,7 @@ impl Client {
 
     /// Waits for the server to end the connection.
     #[track_caller]
-    fn is_ended(&mut self) {
+    pub(crate) fn is_ended(&mut self) {
         let mut byte = [0; 256];
         loop {
             match self.0.read(&mut byte) {

@@ -5,4 +5,5 @@ mod hostile;
 mod liar;
 mod manage;
 mod setup;
+mod tls;
 mod tools;

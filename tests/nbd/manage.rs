@@ -146,3 +146,37 @@ fn a_server_that_is_stopped_takes_its_exports_along_and_can_be_started_again() {
     server.ask("nbd-server-remove", json!({"name": "d"}));
     server.quit();
 }
+
+#[test]
+fn requests_of_nbd_clients_are_listed_while_they_are_under_way() {
+    let folder = tempfile::tempdir().unwrap();
+    let arguments = [
+        "--blockdev",
+        "null-co,node-name=slow,size=1048576,latency-ns=1000000000",
+        "--export",
+        "nbd,id=e,node-name=slow",
+    ];
+    let mut server = Server::start(Which::Ours, folder.path(), &arguments);
+    let uri = server.uri("slow");
+    let mut reader = tool(&["qemu-io", "-f", "raw", "-r", "-c", "read 64k 4k", &uri])
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut listed = json!([]);
+    eventually("the read is listed", || {
+        listed = server.ask("query-block-requests", json!({}));
+        listed[0]["offset"] == 65536
+    });
+    let request = &listed[0];
+    assert_eq!(
+        (&request["export"], &request["node-name"]),
+        (&json!("e"), &json!("slow"))
+    );
+    assert_eq!(
+        (&request["kind"], &request["bytes"]),
+        (&json!("read"), &json!(4096))
+    );
+    assert_eq!(request["phase"], "in-flight");
+    assert!(reader.wait().unwrap().success());
+    assert_eq!(server.ask("query-block-requests", json!({})), json!([]));
+}

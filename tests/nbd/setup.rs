@@ -34,6 +34,17 @@ impl Server {
 
     /// As [`start`](Self::start), with more options of the server.
     pub(crate) fn with(which: Which, folder: &Path, more: &str, arguments: &[&str]) -> Self {
+        Self::encrypted(which, folder, "", more, arguments)
+    }
+
+    /// As [`with`](Self::with), with an object that is made before the server.
+    pub(crate) fn encrypted(
+        which: Which,
+        folder: &Path,
+        object: &str,
+        more: &str,
+        arguments: &[&str],
+    ) -> Self {
         let name = format!("{which:?}").to_lowercase();
         let socket = folder.join(format!("{name}.nbd"));
         let qmp = folder.join(format!("{name}.qmp"));
@@ -46,8 +57,11 @@ impl Server {
             Which::Qemus => Command::new("qemu-storage-daemon"),
         };
         let server = format!("addr.type=unix,addr.path={}{more}", socket.display());
-        command.args(["--nbd-server", &server]);
         let place = folder.to_str().unwrap();
+        if !object.is_empty() {
+            command.args(["--object", &object.replace("FOLDER", place)]);
+        }
+        command.args(["--nbd-server", &server]);
         command.args(arguments.iter().map(|text| text.replace("FOLDER", place)));
         let chardev = format!("socket,id=mon,path={},server=on,wait=off", qmp.display());
         command.args(["--chardev", &chardev, "--monitor", "mon"]);

@@ -109,8 +109,8 @@ fn what_there_is_not_is_refused_by_name_with_what_there_is() {
             "'reconnect'",
         ),
         (
-            ["--nbd-server", "addr.type=unix,addr.path=x,tls-creds=t"],
-            "'tls-creds'",
+            ["--nbd-server", "addr.type=unix,addr.path=x,tls-authz=t"],
+            "'tls-authz'",
         ),
         (["--trace", "enable=x,file=y"], "'file'"),
         (["--trace", "a b"], "a b"),

@@ -32,7 +32,7 @@ fn what_later_versions_take_is_refused_by_name() {
     let place = Place::new();
     let later = [
         "--nbd-server",
-        "addr.type=unix,addr.path=PLACE/nbd,tls-creds=t",
+        "addr.type=unix,addr.path=PLACE/nbd,tls-authz=t",
     ];
     // What stands beside it is stopped again.
     let all = [&later[..], &["--blockdev", NODE, "--export", EXPORT]].concat();

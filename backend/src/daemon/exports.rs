@@ -11,7 +11,8 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use blockcore::graph::{ExportState, RootUser};
+use blockcore::graph::{ExportState, RootId, RootUser};
+use blockcore::io::InFlight;
 use blockcore::{Error, ErrorKind};
 use futures_channel::oneshot;
 
@@ -259,9 +260,29 @@ impl Daemon {
         views.collect()
     }
 
-    /// The name of the image that an export's guest reads and writes, as it is now.
-    pub(crate) fn image_of(&self, export: &Export) -> Option<String> {
-        let node = self.control.node_of(export.root())?;
+    /// The requests that are under way of everybody who is connected, over whichever protocol: the export, its
+    /// root, the number of the worker and the request.
+    pub(crate) async fn under_way(&self) -> Vec<(String, RootId, usize, InFlight)> {
+        let mut all = Vec::new();
+        for view in self.exports().iter().filter(|view| view.is_connected) {
+            let (id, root) = (&view.export.config().id, view.export.root());
+            let requests = view.export.in_flight().await.into_iter();
+            all.extend(requests.map(|(worker, request)| (id.clone(), root, worker, request)));
+        }
+        for export in self.nbd_exports() {
+            if export.connections() == 0 {
+                continue;
+            }
+            let (id, root) = (&export.config().id, export.root());
+            let requests = export.in_flight().await.into_iter();
+            all.extend(requests.map(|(worker, request)| (id.clone(), root, worker, request)));
+        }
+        all
+    }
+
+    /// The name of the image that an export's root reads and writes, as it is now.
+    pub(crate) fn image_of(&self, root: RootId) -> Option<String> {
+        let node = self.control.node_of(root)?;
         self.control
             .read(|graph| Some(graph.described(node).name()))
     }

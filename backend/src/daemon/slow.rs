@@ -35,28 +35,24 @@ type Key = (String, usize, Duration, u64);
 /// Names what takes too long and was not named before; gives all that takes too long.
 async fn look(daemon: &Daemon, limit: Duration, named: &BTreeSet<Key>) -> BTreeSet<Key> {
     let mut slow = BTreeSet::new();
-    for view in daemon.exports().iter().filter(|view| view.is_connected) {
-        let export = &view.export;
-        let requests = export.in_flight().await;
-        let now = daemon.control.context().engine().now();
-        for (worker, request) in requests {
-            let age = now.saturating_sub(request.since);
-            if age < limit {
-                continue;
-            }
-            let id = &export.config().id;
-            let key = (id.clone(), worker, request.since, request.offset);
-            if !named.contains(&key) {
-                let image = daemon.image_of(export);
-                let seconds = age.as_secs_f64();
-                tracing::warn!(
-                    export = %id, image, worker, kind = ?request.kind, offset = request.offset,
-                    bytes = request.bytes, seconds, phase = "in flight",
-                    "a request takes long"
-                );
-            }
-            slow.insert(key);
+    let requests = daemon.under_way().await;
+    let now = daemon.control.context().engine().now();
+    for (export, root, worker, request) in requests {
+        let age = now.saturating_sub(request.since);
+        if age < limit {
+            continue;
         }
+        let key = (export, worker, request.since, request.offset);
+        if !named.contains(&key) {
+            let image = daemon.image_of(root);
+            let seconds = age.as_secs_f64();
+            tracing::warn!(
+                export = %key.0, image, worker, kind = ?request.kind, offset = request.offset,
+                bytes = request.bytes, seconds, phase = "in flight",
+                "a request takes long"
+            );
+        }
+        slow.insert(key);
     }
     slow
 }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use blockcore::dirty_bitmap::Bits;
 use blockcore::graph::permission::Permissions;
 use blockcore::graph::{Control, RootId, RootSpec};
+use blockcore::io::InFlight;
 use blockcore::{Error, ErrorKind};
 use formats::nbd::codec::ExportFlags;
 use formats::nbd::stream::Stream;
@@ -17,7 +18,7 @@ use futures_channel::oneshot;
 
 use super::config::{BitmapChoice, NbdExportConfig};
 use super::connection::{self, Link};
-use crate::export::WorkerHandle;
+use crate::export::{WorkerHandle, requests_of};
 
 /// See the module's header.
 pub struct NbdExport {
@@ -219,6 +220,11 @@ impl NbdExport {
     /// How many clients have chosen it.
     pub fn connections(&self) -> usize {
         self.links.borrow().len()
+    }
+
+    /// The requests that the disk is working on, each with the number of its worker; for messages.
+    pub async fn in_flight(&self) -> Vec<(usize, InFlight)> {
+        requests_of(self.root, &self.workers).await
     }
 
     /// Whether it is being removed.

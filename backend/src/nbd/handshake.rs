@@ -60,6 +60,8 @@ struct Talk<'a> {
     /// Both do without zeroes after the answer to the old way of choosing.
     no_zeroes: bool,
     mode: Mode,
+    /// Nothing is told before the connection is encrypted.
+    needs_tls: bool,
     /// The export that contexts were chosen of, with them.
     chosen: Option<(Rc<NbdExport>, Vec<u32>)>,
 }
@@ -80,6 +82,7 @@ pub(super) async fn talk(
         reader,
         no_zeroes: flags.contains(HandshakeFlags::NO_ZEROES),
         mode: Mode::Simple,
+        needs_tls: server.credentials().is_some(),
         chosen: None,
     };
     let fixed = flags.contains(HandshakeFlags::FIXED_NEWSTYLE);
@@ -124,6 +127,21 @@ impl Talk<'_> {
             let text = format!("option {option} without fixed newstyle negotiation");
             return Err(Ended::Wrong(text));
         }
+        if self.needs_tls {
+            match parsed {
+                ClientOption::StartTls => return self.encrypt(option).await.map(|()| None),
+                ClientOption::Abort => {}
+                ClientOption::ExportName(_) => {
+                    let text = "an export was chosen before the connection is encrypted";
+                    return Err(Ended::Wrong(text.into()));
+                }
+                _ => {
+                    let text = format!("Option {option:#x} not permitted before TLS");
+                    self.refuse(option, Refusal::TLS_REQUIRED, &text).await?;
+                    return Ok(None);
+                }
+            }
+        }
         match parsed {
             ClientOption::ExportName(name) => return self.export_name(&name).await.map(Some),
             ClientOption::Abort => {
@@ -132,6 +150,10 @@ impl Talk<'_> {
                 return Err(Ended::Left);
             }
             ClientOption::List => self.list(option).await?,
+            ClientOption::StartTls if self.server.credentials().is_some() => {
+                self.refuse(option, Refusal::INVALID, "TLS already enabled")
+                    .await?;
+            }
             ClientOption::StartTls => {
                 self.refuse(option, Refusal::POLICY, "TLS not configured")
                     .await?;
@@ -158,6 +180,25 @@ impl Talk<'_> {
             }
         }
         Ok(None)
+    }
+
+    /// Encrypts all that follows.
+    async fn encrypt(&mut self, option: u32) -> Result<(), Ended> {
+        let Some(credentials) = self.server.credentials() else {
+            return Ok(());
+        };
+        if self.reader.has_more() {
+            // It would be taken for something that was encrypted.
+            let text = "something follows what begins encryption";
+            return Err(Ended::Wrong(text.into()));
+        }
+        let connection = credentials.accept()?;
+        self.reply(option, &OptionReply::Ack).await?;
+        let plain = self.reader.stream();
+        let encrypted = plain.encrypted(self.context, connection).await?;
+        *self.reader = Reader::new(encrypted);
+        self.needs_tls = false;
+        Ok(())
     }
 
     async fn reply(&self, option: u32, reply: &OptionReply) -> Result<(), Ended> {

@@ -14,6 +14,8 @@ pub mod export;
 mod handshake;
 pub mod server;
 
+pub use formats::nbd::tls::{Credentials, Endpoint};
+
 pub use self::config::NbdExportConfig;
 pub use self::export::NbdExport;
 pub use self::server::{NbdServer, ServerOptions};

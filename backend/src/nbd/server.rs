@@ -12,9 +12,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use blockcore::engine::{Errno, Interest, Socket};
+use blockcore::graph::Control;
 use blockcore::io::IoContext;
 use blockcore::{Error, ErrorKind};
 use formats::nbd::stream::{Reader, Stream};
+use formats::nbd::tls::Credentials;
 use futures_channel::oneshot;
 use futures_util::future::{Either, select};
 use rustix::event::epoll;
@@ -96,6 +98,8 @@ pub struct ServerOptions {
     pub max_connections: Option<u64>,
     /// How long a client may take to choose an export; `None` for as long as it likes.
     pub handshake_max: Option<Duration>,
+    /// What connections are encrypted with; `None`: they are not.
+    pub tls: Option<Arc<Credentials>>,
 }
 
 impl ServerOptions {
@@ -103,36 +107,40 @@ impl ServerOptions {
     ///
     /// # Errors
     ///
-    /// It asks for encryption.
-    pub fn from_flag(options: NbdServerOptions) -> Result<Self, Error> {
+    /// It names keys that there are not, or asks who may connect.
+    pub fn from_flag(options: NbdServerOptions, control: &Control) -> Result<Self, Error> {
         let addr = match options.addr {
             PlainSocketAddress::Inet(inet) => SocketAddress::Inet(Data(inet)),
             PlainSocketAddress::Unix(unix) => SocketAddress::Unix(Data(unix)),
             PlainSocketAddress::Fd(fd) => SocketAddress::Fd(Data(fd)),
         };
-        Self::from_command(NbdServerStart {
+        let options = NbdServerStart {
             addr,
             handshake_max_seconds: options.handshake_max_seconds,
             tls_creds: options.tls_creds,
             tls_authz: options.tls_authz,
             max_connections: options.max_connections,
-        })
+        };
+        Self::from_command(options, control)
     }
 
     /// From what `nbd-server-start` says.
     ///
     /// # Errors
     ///
-    /// It asks for encryption.
-    pub fn from_command(options: NbdServerStart) -> Result<Self, Error> {
-        let tls = [
-            ("tls-creds", options.tls_creds.is_some()),
-            ("tls-authz", options.tls_authz.is_some()),
-        ];
-        if let Some((name, _)) = tls.iter().find(|(_, given)| *given) {
-            return Err(Error::unsupported(format!(
-                "option '{name}' of an NBD server is not in this version of stonework"
-            )));
+    /// It names keys that there are not, or asks who may connect.
+    pub fn from_command(options: NbdServerStart, control: &Control) -> Result<Self, Error> {
+        if options.tls_authz.is_some() {
+            return Err(Error::unsupported(
+                "option 'tls-authz' of an NBD server is not in this version of stonework",
+            ));
+        }
+        let named = options.tls_creds.as_deref();
+        let tls = named.map(|name| control.credentials().get::<Credentials>(name));
+        let tls = tls.transpose()?;
+        if let Some(tls) = &tls {
+            // That they are a server's is said now, and not to the first client.
+            tls.accept()?;
         }
         let above_zero = |number: &u64| *number > 0;
         let connections = options.max_connections.unwrap_or(DEFAULT_CONNECTIONS);
@@ -141,6 +149,7 @@ impl ServerOptions {
             addr: options.addr,
             max_connections: Some(connections).filter(above_zero),
             handshake_max: Some(seconds).filter(above_zero).map(Duration::from_secs),
+            tls,
         })
     }
 }
@@ -187,6 +196,11 @@ impl NbdServer {
             select(accept, stopped).await;
         });
         Ok(server)
+    }
+
+    /// What connections are encrypted with.
+    pub(super) fn credentials(&self) -> Option<&Arc<Credentials>> {
+        self.options.tls.as_ref()
     }
 
     /// Whether clients may have several connections.
@@ -322,6 +336,8 @@ impl NbdServer {
                 return;
             }
         };
+        // It may be another than at first: an encrypted one.
+        let stream = Arc::clone(reader.stream());
         let link = Link {
             reader,
             mode: agreed.mode,

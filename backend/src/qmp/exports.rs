@@ -6,7 +6,7 @@
 use std::rc::Rc;
 use std::time::Duration;
 
-use blockcore::graph::Graph;
+use blockcore::graph::{Graph, RootId};
 use blockcore::io::account::Kind;
 
 use super::Service;
@@ -186,12 +186,10 @@ async fn query_block_exports(
     }
     for export in service.daemon()?.nbd_exports() {
         let config = export.config();
-        let node = service.control().node_of(export.root());
-        let name = |graph: &Graph| Some(graph.node_by_id(node?)?.name().to_owned());
         all.push(BlockExportInfo {
             id: config.id.clone(),
             kind: nbd::config::TYPE.to_owned(),
-            node_name: service.control().read(name).unwrap_or_default(),
+            node_name: node_name(&service, export.root()),
             shutting_down: export.is_going(),
             connected: export.connections() > 0,
             socket: None,
@@ -206,57 +204,54 @@ async fn query_block_requests(
     service: Rc<Service>,
     (): (),
 ) -> Result<Vec<BlockRequestInfo>, QmpError> {
-    let now = service.control().context().engine().now();
+    let daemon = service.daemon()?;
     let mut all = Vec::new();
-    for view in service.daemon()?.exports() {
-        let export = &view.export;
-        let id = &export.config().id;
-        let node_name = service.node_of(id).unwrap_or_default();
-        let file = service.daemon()?.image_of(export);
-        let of =
-            |kind: String, offset, bytes, age: Duration, phase, place, error| BlockRequestInfo {
-                export: id.clone(),
-                node_name: node_name.clone(),
-                file: file.clone(),
-                kind,
-                offset,
-                bytes,
-                age_ns: u64::try_from(age.as_nanos()).unwrap_or(u64::MAX),
-                phase,
-                place,
-                error,
-            };
-        for (worker, request) in export.in_flight().await {
-            let kind = format!("{:?}", request.kind).to_lowercase();
-            let age = now.saturating_sub(request.since);
-            let (offset, bytes) = (request.offset, request.bytes);
-            all.push(of(
-                kind,
-                offset,
-                bytes,
-                age,
-                RequestPhase::InFlight,
-                worker as u64,
-                None,
-            ));
-        }
-        for held in export.held().await {
+    // Requests that somebody's disk is working on; the rest is filled in for each.
+    let of = |export: String, root: RootId, kind: &str, place: u64| BlockRequestInfo {
+        export,
+        node_name: node_name(&service, root),
+        file: daemon.image_of(root),
+        kind: kind.to_owned(),
+        offset: 0,
+        bytes: 0,
+        age_ns: 0,
+        phase: RequestPhase::InFlight,
+        place,
+        error: None,
+    };
+    let nanoseconds = |age: Duration| u64::try_from(age.as_nanos()).unwrap_or(u64::MAX);
+    for (export, root, worker, request) in daemon.under_way().await {
+        let now = service.control().context().engine().now();
+        let kind = format!("{:?}", request.kind).to_lowercase();
+        all.push(BlockRequestInfo {
+            offset: request.offset,
+            bytes: request.bytes,
+            age_ns: nanoseconds(now.saturating_sub(request.since)),
+            ..of(export, root, &kind, worker as u64)
+        });
+    }
+    for view in daemon.exports() {
+        let (id, root) = (&view.export.config().id, view.export.root());
+        for held in view.export.held().await {
             let (kind, offset, bytes) = described(&held.request);
-            let error = held.error.map(|error| error.to_string());
-            let place = u64::from(held.queue);
-            let phase = RequestPhase::Held;
-            all.push(of(
-                kind.to_owned(),
+            all.push(BlockRequestInfo {
                 offset,
                 bytes,
-                held.age,
-                phase,
-                place,
-                error,
-            ));
+                age_ns: nanoseconds(held.age),
+                phase: RequestPhase::Held,
+                error: held.error.map(|error| error.to_string()),
+                ..of(id.clone(), root, kind, u64::from(held.queue))
+            });
         }
     }
     Ok(all)
+}
+
+/// The node that a root uses, now.
+fn node_name(service: &Service, root: RootId) -> String {
+    let node = service.control().node_of(root);
+    let name = |graph: &Graph| Some(graph.node_by_id(node?)?.name().to_owned());
+    service.control().read(name).unwrap_or_default()
 }
 
 async fn block_latency_histogram_set(

@@ -16,6 +16,7 @@ pub mod exports;
 pub mod info;
 pub mod jobs;
 pub mod json;
+pub mod keys;
 pub mod monitor;
 pub mod nbd;
 pub mod nodes;

@@ -46,7 +46,7 @@ pub(super) fn add(commands: &mut Commands) {
 }
 
 async fn nbd_server_start(service: Rc<Service>, arguments: NbdServerStart) -> Result<(), QmpError> {
-    let options = ServerOptions::from_command(arguments)?;
+    let options = ServerOptions::from_command(arguments, service.control())?;
     Ok(service.daemon()?.start_nbd_server(&options)?)
 }
 

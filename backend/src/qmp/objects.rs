@@ -1,11 +1,12 @@
 //! Objects: what nodes and exports refer to by name, under QEMU's names.
 //!
 //! A `throttle-group` is the block layer's. An `iothread` is a name for a worker with its wishes for polling.
-//! A `secret` is kept for whoever asks by name. A `main-loop` is what there is anyway.
+//! A `secret` is kept for whoever asks by name, and so are keys (`tls-creds-x509`). A `main-loop` is what there is anyway.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::{Rc, Weak};
+use std::sync::Arc;
 use std::time::Duration;
 
 use blockcore::ErrorKind;
@@ -15,6 +16,7 @@ use serde_json::{Map, Value, json};
 
 use super::Service;
 use super::command::Commands;
+use super::keys::TlsCredsX509Properties;
 use crate::config::is_identifier;
 use crate::daemon::Daemon;
 use crate::qapi::{
@@ -198,6 +200,8 @@ crate::qapi_union! {
         Secret(SecretProperties) = "secret",
         /// Limits that nodes share.
         ThrottleGroup(ThrottleGroupProperties) = "throttle-group",
+        /// Keys for encrypted connections.
+        TlsCredsX509(TlsCredsX509Properties) = "tls-creds-x509",
     }
 }
 
@@ -234,6 +238,7 @@ impl Qapi for ObjectOptions {
                 MainLoopProperties::describe(schema),
                 SecretProperties::describe(schema),
                 ThrottleGroupProperties::describe(schema),
+                TlsCredsX509Properties::describe(schema),
             ];
             let cases = words
                 .iter()
@@ -276,7 +281,7 @@ struct Kind {
     properties: &'static [(&'static str, &'static str)],
 }
 
-const KINDS: [Kind; 4] = [
+const KINDS: [Kind; 5] = [
     Kind {
         name: "iothread",
         parent: "event-loop-base",
@@ -311,6 +316,18 @@ const KINDS: [Kind; 4] = [
         name: "throttle-group",
         parent: "object",
         properties: &[("limits", "ThrottleLimits")],
+    },
+    Kind {
+        name: "tls-creds-x509",
+        parent: "tls-creds",
+        properties: &[
+            ("dir", "string"),
+            ("endpoint", "QCryptoTLSCredsEndpoint"),
+            ("passwordid", "string"),
+            ("priority", "string"),
+            ("sanity-check", "bool"),
+            ("verify-peer", "bool"),
+        ],
     },
 ];
 
@@ -409,6 +426,11 @@ impl Objects {
                 properties.format.get_or_insert(SecretFormat::Raw);
                 ("secret", emit_object(&properties))
             }
+            ObjectKind::TlsCredsX509(properties) => {
+                let loaded = properties.load()?;
+                self.control.credentials().add(&id, Arc::new(loaded))?;
+                ("tls-creds-x509", emit_object(&properties))
+            }
             ObjectKind::ThrottleGroup(ThrottleGroupProperties(limits)) => {
                 self.control.add_throttle_group(&id, limits)?;
                 ("throttle-group", json!({}))
@@ -449,6 +471,10 @@ impl Objects {
             Some("main-loop") => return in_use(),
             Some("iothread") => self.daemon()?.remove_iothread(id)?,
             Some("throttle-group") => match self.control.remove_throttle_group(id) {
+                Err(error) if error.kind() == ErrorKind::Busy => return in_use(),
+                result => result?,
+            },
+            Some("tls-creds-x509") => match self.control.credentials().remove(id) {
                 Err(error) if error.kind() == ErrorKind::Busy => return in_use(),
                 result => result?,
             },
@@ -529,6 +555,7 @@ impl Objects {
         let mut members = input.members()?;
         match *type_name {
             "int" => drop(members.take::<i64>(property)?),
+            "bool" => drop(members.take::<bool>(property)?),
             _ => drop(members.take::<String>(property)?),
         }
         check_number(property, value)?;

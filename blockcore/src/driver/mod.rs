@@ -197,6 +197,7 @@ pub use self::io::{
 };
 pub use self::limits::Limits;
 use crate::Error;
+use crate::credentials::Credentials;
 use crate::dirty_bitmap::{Bits, KeptBitmap};
 use crate::engine::OpenFile;
 use crate::io::{IoContext, Modes, Root};
@@ -392,6 +393,8 @@ pub struct OpenRequest {
     pub find_bitmap: FindBitmap,
     /// Where throttle groups are found.
     pub throttle_groups: Groups,
+    /// Where keys are found that options name.
+    pub credentials: Credentials,
     /// Where memory that is to outlive this process is kept
     /// ([`HostCall::OpenSegment`](crate::engine::HostCall::OpenSegment)); `None`: nowhere.
     pub runtime_directory: Option<PathBuf>,

@@ -192,6 +192,7 @@ use self::roots::RootRecord;
 pub use self::roots::{RootSpec, RootUser};
 use self::shape::Shape;
 pub use self::typed::typed_options;
+use crate::credentials::Credentials;
 use crate::drain::{Held, Scope, SectionId};
 use crate::driver::{DriverType, OpenModes};
 use crate::io::{IoContext, Plan};
@@ -404,6 +405,7 @@ pub struct Control {
     notices: Arc<Mailbox<Notice>>,
     next_name: Rc<Cell<u64>>,
     throttle_groups: Groups,
+    credentials: Credentials,
     runtime_directory: Rc<RefCell<Option<PathBuf>>>,
 }
 
@@ -415,6 +417,7 @@ impl Control {
             notices: Mailbox::new(Arc::clone(context.engine().sleeper())),
             context,
             throttle_groups: Groups::default(),
+            credentials: Credentials::default(),
             runtime_directory: Rc::default(),
             turns: Turns::default(),
             next_name: Rc::default(),
@@ -434,6 +437,11 @@ impl Control {
     /// The throttle groups of the process.
     pub fn throttle_groups(&self) -> &Groups {
         &self.throttle_groups
+    }
+
+    /// The keys that nodes and servers refer to by name.
+    pub fn credentials(&self) -> &Credentials {
+        &self.credentials
     }
 
     /// Where drivers that open from now on keep memory that is to outlive this process, on a file system

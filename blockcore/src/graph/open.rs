@@ -572,6 +572,7 @@ impl Change {
             file,
             find_bitmap: self.control().find_bitmap(),
             throttle_groups: self.control().throttle_groups().clone(),
+            credentials: self.control().credentials().clone(),
             runtime_directory: self.control().runtime_directory(),
         })
         .await?;

@@ -16,6 +16,7 @@ use crate::nbd::codec::option::{
 };
 use crate::nbd::codec::{ExportFlags, MAX_PAYLOAD_BYTES, Mode};
 use crate::nbd::stream::{Reader, Stream};
+use crate::nbd::tls::Credentials;
 
 /// How long is waited for room among those who want to connect to a Unix socket.
 const CROWDED: Duration = Duration::from_millis(10);
@@ -36,6 +37,8 @@ pub(super) struct Asked {
     pub(super) export: String,
     /// The context whose status is told.
     pub(super) context: String,
+    /// What the connection is encrypted with, and the name that the server proves to have.
+    pub(super) tls: Option<(Arc<Credentials>, String)>,
 }
 
 /// What a server and we have agreed on.
@@ -171,7 +174,20 @@ impl Talk<'_> {
             maximum: MAX_PAYLOAD_BYTES,
             context: None,
         };
-        if !flags.contains(HandshakeFlags::FIXED_NEWSTYLE) {
+        let fixed = flags.contains(HandshakeFlags::FIXED_NEWSTYLE);
+        if let Some((credentials, name)) = &self.asked.tls {
+            if !fixed || !self.takes(&ClientOption::StartTls).await? {
+                return Err(Error::unsupported("it does not encrypt connections"));
+            }
+            if self.reader.has_more() {
+                return Err(Error::invalid("something follows what begins encryption"));
+            }
+            let connection = credentials.connect(name)?;
+            let plain = self.reader.stream();
+            let encrypted = plain.encrypted(self.context, connection).await?;
+            self.reader = Reader::new(encrypted);
+        }
+        if !fixed {
             return self.by_name(flags, agreed).await;
         }
         if self.takes(&ClientOption::ExtendedHeaders).await? {
@@ -325,8 +341,8 @@ fn unexpected(reply: &OptionReply) -> Error {
 /// A refusal that says more than that the server does not know something.
 fn refused(refusal: Refusal, text: &str) -> Option<Error> {
     match refusal {
-        Refusal::TLS_REQUIRED => Some(Error::unsupported(format!(
-            "it takes encrypted connections only, which are not in this version of stonework: {text}"
+        Refusal::TLS_REQUIRED => Some(Error::invalid(format!(
+            "it takes encrypted connections only, for which tls-creds names keys: {text}"
         ))),
         Refusal::SHUTDOWN => Some(Error::busy(format!("it is about to end: {text}"))),
         _ => None,

@@ -16,6 +16,7 @@ use super::connect::{Address, Asked};
 use super::io::{self, Client};
 use super::{OPTIONS, name};
 use crate::nbd::codec::ExportFlags;
+use crate::nbd::tls::Credentials;
 
 /// What `base:allocation` tells is what block status is, unless an operator wants another.
 const ALLOCATION: &str = "base:allocation";
@@ -32,18 +33,31 @@ struct NbdDriver {
 /// Opens a node.
 pub(super) async fn open(request: OpenRequest) -> Result<Opened, Error> {
     let options = &request.options;
-    for later in ["tls-creds", "tls-hostname"] {
-        if options.get(later).is_some() {
-            return Err(Error::unsupported(format!(
-                "option '{later}' of driver nbd is not in this version of stonework"
-            )));
-        }
-    }
     let text = |name| options.text(OPTIONS, name);
     let (address, name) = address(options)?;
     let bitmap = text("x-dirty-bitmap");
     let is_plain = bitmap.is_empty();
+    let tls = match text("tls-creds") {
+        "" => None,
+        id => {
+            let credentials = request.credentials.get::<Credentials>(id)?;
+            let host = match (options.get("tls-hostname"), &address) {
+                (Some(name), _) => name.to_owned(),
+                (None, Address::Inet(host, _)) => host.clone(),
+                (None, Address::Unix(_)) => {
+                    return Err(Error::invalid(
+                        "a server at a path proves its name, which is for 'tls-hostname' to say",
+                    ));
+                }
+            };
+            // That they are a client's is said now.
+            credentials.connect(&host)?;
+            Some((credentials, host))
+        }
+    };
+    let is_nameable = is_plain && tls.is_none();
     let asked = Asked {
+        tls,
         address,
         export: text("export").to_owned(),
         context: if is_plain { ALLOCATION } else { bitmap }.to_owned(),
@@ -69,8 +83,8 @@ pub(super) async fn open(request: OpenRequest) -> Result<Opened, Error> {
     Ok(Opened {
         driver: Box::new(NbdDriver {
             client: Arc::clone(&client),
-            // No name says that what is told is something else.
-            name: Some(name).filter(|_| is_plain),
+            // No name says that what is told is something else, or encrypted.
+            name: Some(name).filter(|_| is_nameable),
             export,
         }),
         io: client,

@@ -71,13 +71,13 @@ const OPTIONS: &[OptionSpec] = &[
         "tls-creds",
         OptionKind::Text,
         Some(""),
-        "keys for encryption; not in this version",
+        "keys for encryption: an object tls-creds-x509 of a client",
     ),
     option(
         "tls-hostname",
         OptionKind::Text,
         Some(""),
-        "the name that the server proves to have; not in this version",
+        "the name that the server proves to have; by default its host's",
     ),
     option(
         "x-dirty-bitmap",

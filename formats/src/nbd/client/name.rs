@@ -12,7 +12,7 @@ pub(super) fn parse(name: &str) -> Result<Options, Error> {
     let (scheme, rest) = name.split_once(':').ok_or_else(|| refuse("no colon"))?;
     if scheme.starts_with("nbds") {
         return Err(Error::unsupported(format!(
-            "'{name}': encryption (nbds) is not in this version of stonework"
+            "'{name}': a name has no keys (nbds); options have, with tls-creds"
         )));
     }
     let mut options = Options::default();
