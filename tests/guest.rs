@@ -6,6 +6,7 @@ use std::{
     os::unix::fs::{FileExt, MetadataExt},
     path::{Path, PathBuf},
     process::Command,
+    time::{Duration, Instant},
 };
 
 use harness::guest::{Guest, Machine, Serve, Served, Tools, strace_is_there};
@@ -505,4 +506,57 @@ fn two_disks_show_their_own_serial_size_and_limits() {
     guest.power_off();
     first.stop();
     second.stop();
+}
+
+#[test]
+fn a_guest_sees_its_disk_grow_while_it_writes() {
+    let Some(tools) = Tools::find() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let (disk, control) = (dir.path().join("disk.qcow2"), dir.path().join("control"));
+    let image = disk.to_str().unwrap();
+    let made = Command::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2", image, "256M"])
+        .status();
+    assert!(made.unwrap().success());
+    let served = Serve::new(&disk)
+        .options(["--format", "qcow2", "--control", control.to_str().unwrap()])
+        .start();
+    let mut guest = attach(tools, &[&served]);
+    guest.run("mkfs /dev/vda");
+    guest.run("mount /dev/vda /mnt");
+    let operator = std::thread::spawn(move || {
+        // The guest is at it by then.
+        std::thread::sleep(Duration::from_secs(1));
+        let begin = Instant::now();
+        let nodes = ctl(&control, &["-H", "node", "ls"]);
+        let node = nodes.split_whitespace().next().expect("a node").to_owned();
+        ctl(&control, &["node", "resize", &node, "384M"]);
+        begin
+    });
+    let grown = guest.run(&format!("grow /dev/vda {} /mnt/data 42", 384 * MIB));
+    let begin = operator.join().unwrap();
+    println!(
+        "seen within {} ms of the command, during {} rounds of which the longest took {} ms",
+        begin.elapsed().as_millis(),
+        grown.number("rounds"),
+        grown.number("longest_ms"),
+    );
+    assert!(grown.number("rounds") > 1, "{grown:?}");
+    // What is new is there to be used.
+    guest.run("write-zeroes /dev/vda 268435456 134217728");
+    guest.run("umount /mnt");
+    guest.power_off();
+    served.stop();
+}
+
+/// What `stonework ctl` prints.
+fn ctl(control: &Path, words: &[&str]) -> String {
+    let output = Command::new(harness::guest::stonework())
+        .args(["ctl", "--socket"])
+        .arg(control)
+        .args(words)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{words:?}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
 }

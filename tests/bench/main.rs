@@ -14,6 +14,7 @@ mod disk;
 mod inside;
 mod load;
 mod machine;
+mod nbd;
 mod row;
 mod served;
 mod syscalls;
@@ -72,6 +73,9 @@ struct Arguments {
     /// Measure one and two workers in this process, each with its own ring and no client beside it, instead
     #[arg(long)]
     inside: bool,
+    /// Measure NBD servers with fio, ours beside qsd, instead; --rows chooses among its own rows
+    #[arg(long)]
+    nbd: bool,
     /// Only show that it works: a few rows, one short round
     #[arg(long)]
     quick: bool,
@@ -100,6 +104,9 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     };
     if arguments.inside {
         return inside::run(format, arguments);
+    }
+    if arguments.nbd {
+        return nbd::run(format, arguments);
     }
     let mut rows: Vec<Row> = Row::all(format)
         .filter(|row| arguments.rows.is_match(&row.to_string()))

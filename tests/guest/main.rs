@@ -12,7 +12,13 @@ mod ext4;
 mod init;
 mod pattern;
 
-use std::{fmt::Display, fs, path::Path, process::ExitCode};
+use std::{
+    fmt::Display,
+    fs,
+    path::Path,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
 
 const USAGE: &str = "\
 usage: guest-tool VERB
@@ -25,6 +31,7 @@ usage: guest-tool VERB
   verify FILE BYTES SEED                read it back and compare each byte
   sum FILE BYTES                        sum of what is there
   remove FILE
+  grow DEV BYTES FILE SEED              fill and verify FILE again and again until DEV has so many bytes
   discard DEV OFFSET BYTES
   write-zeroes DEV OFFSET BYTES [unmap]
   sync-writes DEV COUNT [no-fsync]      so many direct writes of one block, an fsync after each
@@ -78,6 +85,7 @@ fn obey(words: &[&str]) -> Result<Report, String> {
             fs::remove_file(Path::new(file)),
         )
         .map(|()| Report::new()),
+        ["grow", device, bytes, file, seed] => grow(device, number(bytes)?, file, number(seed)?),
         ["discard", device, offset, bytes] => {
             device::discard(device, number(offset)?, number(bytes)?)
         }
@@ -95,6 +103,28 @@ fn obey(words: &[&str]) -> Result<Report, String> {
         ["wce", device, mode @ ("back" | "through")] => device::wce(device, Some(mode)),
         ["poweroff"] => init::power_off(),
         _ => Err(format!("not understood: '{}'", words.join(" "))),
+    }
+}
+
+/// Loads a disk by its file system until it is as long as it is going to be.
+fn grow(device: &str, bytes: u64, file: &str, seed: u64) -> Result<Report, String> {
+    const FILE_BYTES: u64 = 1 << 20;
+    let mut rounds = 0;
+    let mut longest = Duration::ZERO;
+    loop {
+        let begin = Instant::now();
+        pattern::fill(file, FILE_BYTES, seed + rounds, None)?;
+        pattern::verify(file, FILE_BYTES, seed + rounds)?;
+        rounds += 1;
+        longest = longest.max(begin.elapsed());
+        let info = device::info(device)?;
+        let length = info.iter().find(|(key, _)| *key == "bytes");
+        if length.is_some_and(|(_, length)| *length == bytes.to_string()) {
+            return Ok(vec![
+                ("rounds", rounds.to_string()),
+                ("longest_ms", longest.as_millis().to_string()),
+            ]);
+        }
     }
 }
 

@@ -92,7 +92,9 @@ impl Server {
     /// Does a command; its reply or error.
     pub(crate) fn call(&mut self, command: &str, arguments: Value) -> Value {
         let message = json!({"execute": command, "arguments": arguments});
-        writeln!(self.monitor.get_mut(), "{message}").unwrap();
+        // In one piece: a daemon that quits does not wait for the end of a line.
+        let line = format!("{message}\n");
+        self.monitor.get_mut().write_all(line.as_bytes()).unwrap();
         loop {
             let message = self.message();
             if message["event"].is_null() {

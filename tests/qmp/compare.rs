@@ -832,6 +832,36 @@ fn exports_that_cannot_be_are_refused_as_qemu_refuses_them() {
 }
 
 #[test]
+fn a_hint_at_a_worker_is_taken_as_qemu_does() {
+    let hint = |node: &str, iothread: Value, force: bool| match force {
+        true => json!({"node-name": node, "iothread": iothread, "force": true}),
+        false => json!({"node-name": node, "iothread": iothread}),
+    };
+    let set = "x-blockdev-set-iothread";
+    let export = json!({
+        "type": "vhost-user-blk", "id": "e", "node-name": "r",
+        "addr": {"type": "unix", "path": "FOLDER/socket"},
+    });
+    compare(
+        &["--object", "iothread,id=io"],
+        &[
+            (Same, "blockdev-add", node("null-co", "n", json!({}))),
+            (Same, "blockdev-add", node("raw", "r", json!({"file": "n"}))),
+            (Same, set, hint("none", json!("io"), false)),
+            (Same, set, hint("n", json!("io"), false)),
+            (Same, set, hint("r", json!("io"), false)),
+            (Same, set, hint("r", json!("none"), false)),
+            (Same, set, hint("r", json!(null), false)),
+            (Same, set, hint("r", json!(5), false)),
+            (Same, set, json!({"node-name": "r"})),
+            (Same, "block-export-add", export),
+            (Same, set, hint("r", json!("io"), false)),
+            (Same, set, hint("r", json!("io"), true)),
+        ],
+    );
+}
+
+#[test]
 fn what_is_ours_alone_answers() {
     let served = Served::start(
         Which::Ours,

@@ -3,10 +3,13 @@
 mod cli;
 mod client;
 mod compare;
+mod disorder;
 mod events;
 mod guest;
 mod jobs;
 mod monitors;
 mod peers;
+mod space;
 mod stream;
 mod table;
+mod typed;

@@ -80,7 +80,7 @@ impl Image {
         let (mut layer, mut depth, mut left) = (request.io(), 0, bytes);
         loop {
             let status = layer.block_status(true, offset, left).await;
-            let status = status.map_err(|error| self.failed("look at", offset, error))?;
+            let mut status = status.map_err(|error| self.failed("look at", offset, error))?;
             let is_known = status
                 .flags
                 .intersects(StatusFlags::DATA | StatusFlags::ZERO);
@@ -88,6 +88,11 @@ impl Image {
                 .next_in_chain()
                 .filter(|_| !is_known && status.bytes > 0);
             let Some(next) = next else {
+                // Where nobody has anything there is no place to tell of.
+                status.flags.set(
+                    StatusFlags::PLACE,
+                    is_known && status.flags.contains(StatusFlags::PLACE),
+                );
                 return self.to_extent(Ok((status, depth)), offset, bytes);
             };
             (layer, depth, left) = (next, depth + 1, status.bytes);

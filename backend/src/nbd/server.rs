@@ -11,12 +11,13 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use blockcore::engine::{Interest, Socket};
+use blockcore::engine::{Errno, Interest, Socket};
 use blockcore::io::IoContext;
 use blockcore::{Error, ErrorKind};
 use formats::nbd::stream::{Reader, Stream};
 use futures_channel::oneshot;
 use futures_util::future::{Either, select};
+use rustix::event::epoll;
 
 use super::connection::Link;
 use super::export::NbdExport;
@@ -30,6 +31,17 @@ const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 const DEFAULT_CONNECTIONS: u64 = 100;
 /// How long a client may take to choose an export, unless said otherwise.
 const DEFAULT_HANDSHAKE: u64 = 10;
+
+/// What is readable while clients wait to be accepted.
+///
+/// The engine waits for this and not for the socket itself: a ring outlives a process that was killed by some
+/// moments, with what it waits for, and its successor would find somebody listening.
+fn arrivals(listener: &Listener) -> Result<OwnedFd, Errno> {
+    let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+    let data = epoll::EventData::new_u64(0);
+    epoll::add(&epoll, listener.as_fd(), data, epoll::EventFlags::IN)?;
+    Ok(epoll)
+}
 
 qapi_union! {
     /// Where a socket is.
@@ -156,14 +168,8 @@ impl NbdServer {
     pub fn start(options: ServerOptions, context: &Rc<IoContext>) -> Result<Rc<Self>, Error> {
         let listener =
             chardev::listen(&options.addr).map_err(|why| Error::new(ErrorKind::Io, why))?;
-        // Who waits for the next client has a descriptor of its own, so that it can be forgotten.
-        let copy = listener.as_fd().try_clone_to_owned();
-        let copy = copy.map_err(|error| {
-            Error::new(
-                ErrorKind::Io,
-                format!("cannot listen for NBD clients: {error}"),
-            )
-        })?;
+        let arrivals = arrivals(&listener)
+            .map_err(|errno| Error::host("cannot wait for NBD clients", errno))?;
         let (running, stopped) = oneshot::channel();
         let server = Rc::new(Self {
             options,
@@ -176,7 +182,7 @@ impl NbdServer {
         });
         let accepting = Rc::clone(&server);
         context.spawn(async move {
-            let accept = pin!(accepting.accept(&listener, Arc::new(copy)));
+            let accept = pin!(accepting.accept(&listener, Arc::new(arrivals)));
             // Nothing is ever sent.
             select(accept, stopped).await;
         });

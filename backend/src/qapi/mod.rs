@@ -260,6 +260,30 @@ impl Qapi for String {
     }
 }
 
+/// A string, or `null` for none.
+#[derive(Clone, Debug)]
+pub struct StrOrNull(pub Option<String>);
+
+impl Qapi for StrOrNull {
+    fn parse(input: Input<'_>) -> Result<Self, QmpError> {
+        match (input.value, input.text()) {
+            (Value::Null, _) => Ok(Self(None)),
+            (_, Some(text)) => Ok(Self(Some(text.to_owned()))),
+            (_, None) => Err(input.wrong_type("StrOrNull")),
+        }
+    }
+
+    fn emit(&self) -> Option<Value> {
+        Some(self.0.clone().map_or(Value::Null, Value::String))
+    }
+
+    fn describe(schema: &mut Schema) -> String {
+        schema.alternate("StrOrNull", |schema| {
+            vec![String::describe(schema), schema.builtin("null", "null")]
+        })
+    }
+}
+
 impl Qapi for bool {
     fn parse(input: Input<'_>) -> Result<Self, QmpError> {
         match (input.form, input.value) {

@@ -9,6 +9,7 @@
 
 pub mod basic;
 pub mod command;
+pub mod debug;
 pub mod devices;
 pub mod event;
 pub mod exports;
@@ -91,6 +92,7 @@ impl Service {
         nbd::add(&mut commands);
         objects::add(&mut commands);
         devices::add(&mut commands);
+        debug::add(&mut commands);
         jobs::add(&mut commands);
         let service = Rc::new(Self {
             daemon: Rc::downgrade(daemon),

@@ -11,6 +11,7 @@
 )]
 
 use std::fs;
+use std::net::ToSocketAddrs;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
@@ -86,6 +87,11 @@ pub(super) fn call(call: HostCall) -> Result<HostReply, Errno> {
                 .raw_os_error()
                 .map_or(Errno::IO, Errno::from_raw_os_error)),
         },
+        HostCall::Resolve(name, port) => {
+            let found = (name.as_str(), port).to_socket_addrs();
+            let addresses = found.map_or_else(|_| Vec::new(), Iterator::collect);
+            Ok(HostReply::Addresses(addresses))
+        }
         HostCall::DataExtent(file, offset) => {
             data_extent(fd(&file)?, offset).map(HostReply::Extent)
         }

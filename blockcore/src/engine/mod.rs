@@ -26,6 +26,7 @@ pub mod uring;
 use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::future::Future;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::pin::Pin;
@@ -519,6 +520,9 @@ pub enum HostCall {
     /// The next range that has data at or after an offset (`SEEK_DATA`, `SEEK_HOLE`). Answered by
     /// [`HostReply::Extent`].
     DataExtent(Arc<OpenFile>, u64),
+    /// The numbers of a host with this name, with this port; none if nobody knows it. Answered by
+    /// [`HostReply::Addresses`].
+    Resolve(String, u16),
     /// Copy a range from one file to another, or within one (`copy_file_range`): the file system may
     /// share blocks. May copy less, but something. Answered by [`HostReply::Copied`].
     CopyRange {
@@ -550,6 +554,8 @@ pub enum HostReply {
     Path(PathBuf),
     /// How many bytes were copied; zero at the end of the source.
     Copied(u64),
+    /// Where a host is.
+    Addresses(Vec<SocketAddr>),
     /// Shared memory.
     Segment {
         /// The memory.

@@ -428,7 +428,8 @@ impl Image {
     /// Everything is in the image: nothing needs to outlive this process. What is written all the same is
     /// made durable before it completes.
     pub(super) async fn leave_segment(&self, io: Io<'_>) -> Result<(), IoError> {
-        let Some(segment) = &self.segment else {
+        // Once: by now somebody else may have the image, and a segment of that name.
+        let Some(segment) = self.segment.as_ref().filter(|left| !left.is_closed()) else {
             return Ok(());
         };
         let autoclear = {

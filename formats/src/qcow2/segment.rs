@@ -277,6 +277,11 @@ impl CrashSegment {
         self.memory.words()[AT_MAGIC].store(0, Ordering::SeqCst);
     }
 
+    /// Whether it is nobody's any more.
+    pub(super) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::SeqCst)
+    }
+
     /// Whether what changes is recorded.
     pub(super) fn is_open(&self) -> bool {
         let overflows = self.overflows.load(Ordering::SeqCst);

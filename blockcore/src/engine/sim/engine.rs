@@ -622,6 +622,7 @@ impl State {
             | HostCall::OpenSegment { .. }
             | HostCall::Remove(_)
             | HostCall::Canonical(_)
+            | HostCall::Resolve(..)
             | HostCall::Rename(..)
             | HostCall::SyncDirectory(_) => None,
             HostCall::Metadata(file)

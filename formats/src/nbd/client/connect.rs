@@ -1,11 +1,11 @@
 //! Connecting to a server, and the first conversation with it.
 
-use std::net::{SocketAddr, ToSocketAddrs};
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use blockcore::engine::{Errno, Interest, Socket};
+use blockcore::engine::{Errno, HostCall, HostReply, Interest, Socket};
 use blockcore::io::{IoContext, MAX_BYTES};
 use blockcore::{Error, ErrorKind};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
@@ -105,13 +105,11 @@ async fn connect_unix(context: &IoContext, path: &str) -> Result<OwnedFd, Error>
 
 async fn connect_inet(context: &IoContext, host: &str, port: u16) -> Result<OwnedFd, Error> {
     let text = format!("Failed to connect to '{host}:{port}'");
-    let name = host.to_owned();
-    // Asking for a host's number waits for others.
-    let resolved = context.offload(move || (name.as_str(), port).to_socket_addrs());
-    let addresses: Vec<SocketAddr> = match resolved.await {
-        Ok(addresses) => addresses.collect(),
-        Err(error) => {
-            let text = format!("address resolution failed for {host}:{port}: {error}");
+    let resolved = context.host(HostCall::Resolve(host.to_owned(), port)).await;
+    let addresses = match resolved {
+        Ok(HostReply::Addresses(addresses)) if !addresses.is_empty() => addresses,
+        _ => {
+            let text = format!("address resolution failed for {host}:{port}");
             return Err(Error::new(ErrorKind::NotFound, text));
         }
     };

@@ -25,6 +25,8 @@ use crate::nbd::codec::{Errno, ExportFlags};
 
 /// Longest that one attempt to connect takes; who has not answered then does not.
 const ATTEMPT: Duration = Duration::from_secs(10);
+/// Longest that saying goodbye takes.
+const GOODBYE: Duration = Duration::from_secs(1);
 /// Until the second attempt; then twice as long each time, up to `LONGEST_PAUSE`.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
@@ -132,7 +134,10 @@ impl Client {
             State::Down(_) | State::Connecting(_) => None,
         };
         if let Some(link) = link {
-            link.end(context).await;
+            let goodbye = pin!(link.end(context));
+            // One that does not read is left without.
+            select(goodbye, pin!(context.delay(GOODBYE))).await;
+            link.lose();
         }
     }
 
@@ -180,6 +185,7 @@ impl Client {
     /// Connects, at least once, until nobody waits for it any more.
     async fn reconnect(&self, context: &IoContext, since: Duration) -> Result<Arc<Link>, IoError> {
         let mut pause = FIRST_PAUSE;
+        let mut is_said = false;
         loop {
             let changed = self.changed.listen();
             // With a section that has begun before it is one attempt, which the next request begins.
@@ -202,10 +208,11 @@ impl Client {
                     tracing::info!(server = self.asked.address.shown(), "connected again");
                     return Ok(link);
                 }
-                Err(error) => {
+                Err(error) if !std::mem::replace(&mut is_said, true) => {
                     let error = error.report();
                     tracing::warn!(error, "cannot connect again");
                 }
+                Err(error) => tracing::debug!(error = error.report(), "cannot connect again"),
             }
             if self.gives_up(context, since) {
                 return Err(IoError::Failed);
