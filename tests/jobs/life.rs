@@ -563,6 +563,10 @@ impl Life {
         });
         started.await.map_err(|error| text(&error))?;
         self.held.set(false);
+        if random.chance(300) {
+            // Below the job's filter.
+            self.snapshot(active).await?;
+        }
         if self.see_through(name, random, async || Ok(())).await? {
             self.compare(&target, &then).await?;
         }

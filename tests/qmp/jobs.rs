@@ -560,3 +560,54 @@ fn a_snapshot_is_taken_as_qemus_is() {
         said
     });
 }
+
+#[test]
+fn a_backup_of_a_part_copies_what_qemus_does() {
+    for sync in ["top", "none"] {
+        compare(|bench| {
+            let mut said = vec![bench.call(
+                "blockdev-backup",
+                json!({
+                    "job-id": "j", "device": "top", "target": "copy", "sync": sync,
+                    "filter-node-name": "above", "auto-dismiss": false,
+                }),
+            )];
+            if sync == "none" {
+                bench.rests("running");
+                said.push(bench.nodes());
+                said.push(bench.call("job-cancel", json!({"id": "j"})));
+            }
+            bench.rests("concluded");
+            let mut jobs = bench.jobs();
+            // How much there is to do is not known of one that copies what changes.
+            for (list, member) in [(0, "total-progress"), (1, "len")] {
+                jobs[list]["return"][0]
+                    .as_object_mut()
+                    .unwrap()
+                    .remove(member);
+            }
+            if sync == "none" {
+                said.push(jobs);
+            }
+            said.push(bench.call("job-dismiss", json!({"id": "j"})));
+            let mut wrong = json!({
+                "job-id": "j", "device": "top", "target": "copy", "sync": "bitmap",
+            });
+            said.push(bench.call("blockdev-backup", wrong.clone()));
+            for (member, value) in [
+                ("sync", json!("incremental")),
+                ("sync", json!("full")),
+                ("target", json!("top")),
+                ("target", json!("short")),
+                ("target", json!("none")),
+                ("device", json!("none")),
+            ] {
+                wrong[member] = value;
+                if wrong["sync"] != "full" || wrong["target"] != "copy" {
+                    said.push(bench.call("blockdev-backup", wrong.clone()));
+                }
+            }
+            said
+        });
+    }
+}

@@ -23,8 +23,6 @@ mod mirror;
 mod registry;
 pub mod state;
 mod stream;
-#[cfg(test)]
-mod tests;
 
 use std::cell::{Cell, RefCell};
 use std::rc::{Rc, Weak};
