@@ -611,3 +611,54 @@ fn a_backup_of_a_part_copies_what_qemus_does() {
         });
     }
 }
+
+#[test]
+fn bitmaps_are_added_changed_and_removed_as_qemus_are() {
+    compare(|bench| {
+        let mut said = Vec::new();
+        let long = "a".repeat(1024);
+        for bitmap in [
+            json!({"node": "none", "name": "a"}),
+            json!({"node": "top", "name": ""}),
+            json!({"node": "top", "name": "a", "granularity": 1000}),
+            json!({"node": "top", "name": "a", "granularity": 256}),
+            json!({"node": "top", "name": long}),
+            json!({"node": "top", "name": "a"}),
+            json!({"node": "top", "name": "a"}),
+            json!({"node": "top", "name": "p", "persistent": true, "granularity": 32768}),
+            json!({"node": "top", "name": "d", "disabled": true}),
+            json!({"node": "mid", "name": "m"}),
+        ] {
+            said.push(bench.call("block-dirty-bitmap-add", bitmap));
+        }
+        for bitmaps in [
+            json!(["none"]),
+            json!(["p", "d"]),
+            json!([{"node": "mid", "name": "m"}]),
+            json!([{"node": "none", "name": "m"}]),
+            json!([{"node": "mid", "name": "none"}]),
+            json!([1]),
+            json!("p"),
+        ] {
+            let arguments = json!({"node": "top", "target": "a", "bitmaps": bitmaps});
+            said.push(bench.call("block-dirty-bitmap-merge", arguments));
+        }
+        for verb in ["clear", "enable", "disable"] {
+            for (node, name) in [("none", "a"), ("top", "none"), ("top", "a"), ("top", "p")] {
+                let command = format!("block-dirty-bitmap-{verb}");
+                said.push(bench.call(&command, json!({"node": node, "name": name})));
+            }
+            let nodes = bench.call("query-named-block-nodes", json!({"flat": true}));
+            let mut nodes = nodes["return"].as_array().unwrap().iter();
+            let top = nodes.find(|node| node["node-name"] == "top").unwrap();
+            let mut bitmaps = top["dirty-bitmaps"].as_array().unwrap().clone();
+            bitmaps.sort_by_key(Value::to_string);
+            said.push(bitmaps.into());
+        }
+        for (node, name) in [("none", "a"), ("top", "none"), ("top", "a"), ("top", "d")] {
+            let arguments = json!({"node": node, "name": name});
+            said.push(bench.call("block-dirty-bitmap-remove", arguments));
+        }
+        said
+    });
+}

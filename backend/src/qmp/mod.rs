@@ -8,6 +8,7 @@
 //! posts what a command asks for and is posted what it came to: the control thread waits for none.
 
 pub mod basic;
+pub mod bitmaps;
 pub mod command;
 pub mod debug;
 pub mod devices;
@@ -94,6 +95,7 @@ impl Service {
         devices::add(&mut commands);
         debug::add(&mut commands);
         jobs::add(&mut commands);
+        bitmaps::add(&mut commands);
         let service = Rc::new(Self {
             daemon: Rc::downgrade(daemon),
             objects: Objects::new(daemon),
