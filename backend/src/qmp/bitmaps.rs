@@ -63,7 +63,7 @@ impl Qapi for BlockDirtyBitmapOrStr {
         match input.value() {
             Value::String(name) => Ok(Self::Local(name.clone())),
             Value::Object(_) => Ok(Self::External(input.parse()?)),
-            _ => Err(input.wrong_type("BlockDirtyBitmapOrStr")),
+            _ => Err(input.wrong_alternate("BlockDirtyBitmapOrStr")),
         }
     }
 
