@@ -662,3 +662,45 @@ fn bitmaps_are_added_changed_and_removed_as_qemus_are() {
         said
     });
 }
+
+#[test]
+fn internal_snapshots_are_taken_and_deleted_as_qemus_are() {
+    compare(|bench| {
+        let mut said = vec![bench.call(
+            "blockdev-add",
+            json!({"driver": "null-co", "node-name": "n"}),
+        )];
+        for (device, name) in [
+            ("none", "s"),
+            ("n", "s"),
+            ("copy", ""),
+            ("copy", "s"),
+            ("copy", "s"),
+            ("copy", "t"),
+        ] {
+            let arguments = json!({"device": device, "name": name});
+            said.push(bench.call("blockdev-snapshot-internal-sync", arguments));
+        }
+        for which in [
+            json!({"device": "none", "name": "s"}),
+            json!({"device": "n", "name": "s"}),
+            json!({"device": "copy"}),
+            json!({"device": "copy", "name": "none"}),
+            json!({"device": "copy", "id": "7"}),
+            json!({"device": "copy", "id": "1", "name": "t"}),
+            json!({"device": "copy", "id": "1"}),
+            json!({"device": "copy", "id": "2", "name": "t"}),
+        ] {
+            let mut reply = bench.call("blockdev-snapshot-delete-internal-sync", which);
+            if let Some(info) = reply.get_mut("return") {
+                // When it was taken is each one's own.
+                let mut deleted = info.as_object().unwrap().clone();
+                deleted
+                    .retain(|member, _| ["id", "name", "vm-state-size"].contains(&member.as_str()));
+                *info = deleted.into();
+            }
+            said.push(reply);
+        }
+        said
+    });
+}

@@ -23,6 +23,7 @@ pub mod nodes;
 pub mod objects;
 pub mod query;
 pub mod session;
+pub mod snapshots;
 mod writer;
 
 use std::cell::RefCell;
@@ -96,6 +97,7 @@ impl Service {
         debug::add(&mut commands);
         jobs::add(&mut commands);
         bitmaps::add(&mut commands);
+        snapshots::add(&mut commands);
         let service = Rc::new(Self {
             daemon: Rc::downgrade(daemon),
             objects: Objects::new(daemon),
