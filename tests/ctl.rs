@@ -393,3 +393,41 @@ fn requests_are_counted_and_those_that_hang_are_found() {
         peer.print(&["-H", "requests"]).contains("held")
     });
 }
+
+#[test]
+fn disks_are_copied_and_jobs_steered_from_the_command_line() {
+    for (name, peer) in both(&[]) {
+        for image in ["disk", "backup", "mirror"] {
+            let path = peer.place.join(&format!("{image}.qcow2"));
+            let path = path.to_str().unwrap();
+            let mut create = Command::new("qemu-img");
+            create.args(["create", "-q", "-f", "qcow2", path, "8M"]);
+            assert!(create.status().unwrap().success());
+            let mut write = Command::new("qemu-io");
+            write.args(["-f", "qcow2", "-c", "write -P 1 0 4M", path]);
+            assert!(write.output().unwrap().status.success());
+            let node = format!("qcow2,node-name={image},file.driver=file,file.filename={path}");
+            peer.print(&["node", "add", &node]);
+        }
+        assert_eq!(peer.print(&["-H", "job", "ls"]), "", "{name}");
+        peer.print(&["backup", "disk", "backup", "--wait"]);
+        peer.print(&["backup", "disk", "backup", "--job", "slow", "--speed", "1"]);
+        peer.print(&["job", "pause", "slow"]);
+        peer.print(&["job", "speed", "slow", "1M"]);
+        let jobs = peer.print(&["-H", "job", "ls"]);
+        assert!(jobs.starts_with("slow\tbackup\t"), "{name}: {jobs}");
+        peer.print(&["job", "cancel", "slow", "--force"]);
+        peer.print(&["job", "wait", "slow"]);
+        peer.print(&["mirror", "disk", "mirror", "--wait"]);
+        assert!(peer.print(&["-H", "job", "ls"]).contains("ready"), "{name}");
+        peer.print(&["job", "complete", "mirror-disk", "--wait"]);
+        assert_eq!(peer.print(&["-H", "job", "ls"]), "", "{name}");
+        peer.print(&["mirror", "mirror", "disk", "--complete"]);
+        assert_eq!(peer.print(&["-H", "job", "ls"]), "", "{name}");
+        let refused = peer.ctl(&["job", "pause", "none"]);
+        assert_eq!(refused.code, Some(1), "{name}: {refused:?}");
+        let refused = peer.ctl(&["mirror", "disk", "disk"]);
+        assert_eq!(refused.code, Some(1), "{name}: {refused:?}");
+        peer.print(&["quit"]);
+    }
+}

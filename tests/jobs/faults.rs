@@ -37,7 +37,8 @@ fn every_mistake_of_a_job_is_found_and_its_seed_passes_without_it() {
             missed.push(name);
             continue;
         };
-        eprintln!("{name}: seed {seed} of {WITHIN}: {why}");
+        let first = why.lines().next().unwrap_or_default();
+        eprintln!("{name}: seed {seed} of {WITHIN}: {first}");
         assert_eq!(
             failure(&templates, seed, None),
             None,

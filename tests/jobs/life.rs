@@ -5,6 +5,7 @@ use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
 
+use blockcore::drain::Scope;
 use blockcore::driver::{WriteFlags, ZeroFlags};
 use blockcore::engine::sim::{Random, Simulation, Worker};
 use blockcore::graph::permission::Permissions;
@@ -475,6 +476,12 @@ impl Life {
                         let speed = [0, 1 << 20, 64 << 20][random.below(3) as usize];
                         let _ = self.jobs.set_speed(name, speed);
                     }
+                    6 => {
+                        let held = self.control.drain(Scope::All).await;
+                        let delay = Duration::from_micros(random.below(300));
+                        self.office.context().delay(delay).await;
+                        drop(held);
+                    }
                     5 if may_cancel => {
                         let _ = self.jobs.cancel(name, true);
                     }
@@ -563,6 +570,10 @@ impl Life {
         });
         started.await.map_err(|error| text(&error))?;
         self.held.set(false);
+        if random.chance(300) {
+            // Below the job's filter.
+            self.snapshot(active).await?;
+        }
         if self.see_through(name, random, async || Ok(())).await? {
             self.compare(&target, &then).await?;
         }

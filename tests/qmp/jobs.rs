@@ -560,3 +560,147 @@ fn a_snapshot_is_taken_as_qemus_is() {
         said
     });
 }
+
+#[test]
+fn a_backup_of_a_part_copies_what_qemus_does() {
+    for sync in ["top", "none"] {
+        compare(|bench| {
+            let mut said = vec![bench.call(
+                "blockdev-backup",
+                json!({
+                    "job-id": "j", "device": "top", "target": "copy", "sync": sync,
+                    "filter-node-name": "above", "auto-dismiss": false,
+                }),
+            )];
+            if sync == "none" {
+                bench.rests("running");
+                said.push(bench.nodes());
+                said.push(bench.call("job-cancel", json!({"id": "j"})));
+            }
+            bench.rests("concluded");
+            let mut jobs = bench.jobs();
+            // How much there is to do is not known of one that copies what changes.
+            for (list, member) in [(0, "total-progress"), (1, "len")] {
+                jobs[list]["return"][0]
+                    .as_object_mut()
+                    .unwrap()
+                    .remove(member);
+            }
+            if sync == "none" {
+                said.push(jobs);
+            }
+            said.push(bench.call("job-dismiss", json!({"id": "j"})));
+            let mut wrong = json!({
+                "job-id": "j", "device": "top", "target": "copy", "sync": "bitmap",
+            });
+            said.push(bench.call("blockdev-backup", wrong.clone()));
+            for (member, value) in [
+                ("sync", json!("incremental")),
+                ("sync", json!("full")),
+                ("target", json!("top")),
+                ("target", json!("short")),
+                ("target", json!("none")),
+                ("device", json!("none")),
+            ] {
+                wrong[member] = value;
+                if wrong["sync"] != "full" || wrong["target"] != "copy" {
+                    said.push(bench.call("blockdev-backup", wrong.clone()));
+                }
+            }
+            said
+        });
+    }
+}
+
+#[test]
+fn bitmaps_are_added_changed_and_removed_as_qemus_are() {
+    compare(|bench| {
+        let mut said = Vec::new();
+        let long = "a".repeat(1024);
+        for bitmap in [
+            json!({"node": "none", "name": "a"}),
+            json!({"node": "top", "name": ""}),
+            json!({"node": "top", "name": "a", "granularity": 1000}),
+            json!({"node": "top", "name": "a", "granularity": 256}),
+            json!({"node": "top", "name": long}),
+            json!({"node": "top", "name": "a"}),
+            json!({"node": "top", "name": "a"}),
+            json!({"node": "top", "name": "p", "persistent": true, "granularity": 32768}),
+            json!({"node": "top", "name": "d", "disabled": true}),
+            json!({"node": "mid", "name": "m"}),
+        ] {
+            said.push(bench.call("block-dirty-bitmap-add", bitmap));
+        }
+        for bitmaps in [
+            json!(["none"]),
+            json!(["p", "d"]),
+            json!([{"node": "mid", "name": "m"}]),
+            json!([{"node": "none", "name": "m"}]),
+            json!([{"node": "mid", "name": "none"}]),
+            json!([1]),
+            json!("p"),
+        ] {
+            let arguments = json!({"node": "top", "target": "a", "bitmaps": bitmaps});
+            said.push(bench.call("block-dirty-bitmap-merge", arguments));
+        }
+        for verb in ["clear", "enable", "disable"] {
+            for (node, name) in [("none", "a"), ("top", "none"), ("top", "a"), ("top", "p")] {
+                let command = format!("block-dirty-bitmap-{verb}");
+                said.push(bench.call(&command, json!({"node": node, "name": name})));
+            }
+            let nodes = bench.call("query-named-block-nodes", json!({"flat": true}));
+            let mut nodes = nodes["return"].as_array().unwrap().iter();
+            let top = nodes.find(|node| node["node-name"] == "top").unwrap();
+            let mut bitmaps = top["dirty-bitmaps"].as_array().unwrap().clone();
+            bitmaps.sort_by_key(Value::to_string);
+            said.push(bitmaps.into());
+        }
+        for (node, name) in [("none", "a"), ("top", "none"), ("top", "a"), ("top", "d")] {
+            let arguments = json!({"node": node, "name": name});
+            said.push(bench.call("block-dirty-bitmap-remove", arguments));
+        }
+        said
+    });
+}
+
+#[test]
+fn internal_snapshots_are_taken_and_deleted_as_qemus_are() {
+    compare(|bench| {
+        let mut said = vec![bench.call(
+            "blockdev-add",
+            json!({"driver": "null-co", "node-name": "n"}),
+        )];
+        for (device, name) in [
+            ("none", "s"),
+            ("n", "s"),
+            ("copy", ""),
+            ("copy", "s"),
+            ("copy", "s"),
+            ("copy", "t"),
+        ] {
+            let arguments = json!({"device": device, "name": name});
+            said.push(bench.call("blockdev-snapshot-internal-sync", arguments));
+        }
+        for which in [
+            json!({"device": "none", "name": "s"}),
+            json!({"device": "n", "name": "s"}),
+            json!({"device": "copy"}),
+            json!({"device": "copy", "name": "none"}),
+            json!({"device": "copy", "id": "7"}),
+            json!({"device": "copy", "id": "1", "name": "t"}),
+            json!({"device": "copy", "id": "1"}),
+            json!({"device": "copy", "id": "2", "name": "t"}),
+        ] {
+            let mut reply = bench.call("blockdev-snapshot-delete-internal-sync", which);
+            if let Some(info) = reply.get_mut("return") {
+                // When it was taken is each one's own.
+                let mut deleted = info.as_object().unwrap().clone();
+                deleted
+                    .retain(|member, _| ["id", "name", "vm-state-size"].contains(&member.as_str()));
+                *info = deleted.into();
+            }
+            said.push(reply);
+        }
+        said
+    });
+}

@@ -67,6 +67,12 @@ pub enum Noun {
     /// Exports: nodes that are offered to guests
     #[command(subcommand)]
     Export(ExportVerb),
+    /// Jobs: long operations on nodes, such as copies
+    #[command(subcommand)]
+    Job(JobVerb),
+    #[expect(missing_docs, reason = "documented at its type")]
+    #[command(flatten)]
+    Start(Start),
     /// Objects: named workers (iothread), throttle groups, secrets
     #[command(subcommand)]
     Object(ObjectVerb),
@@ -201,6 +207,185 @@ pub enum ExportVerb {
         #[arg(add = ArgValueCandidates::new(complete::exports))]
         id: String,
     },
+}
+
+/// What is done to jobs.
+#[derive(Debug, Subcommand)]
+pub enum JobVerb {
+    /// List them
+    #[command(alias = "list")]
+    Ls,
+    /// Have one hold still
+    Pause {
+        /// The job
+        #[arg(add = ArgValueCandidates::new(complete::jobs))]
+        id: String,
+    },
+    /// Have one go on that was paused, or stopped for a failure
+    Resume {
+        /// The job
+        #[arg(add = ArgValueCandidates::new(complete::jobs))]
+        id: String,
+    },
+    /// Have one give up; one that is ready ends well, and changes nothing
+    Cancel {
+        /// The job
+        #[arg(add = ArgValueCandidates::new(complete::jobs))]
+        id: String,
+        /// At once, also if it is ready or paused
+        #[arg(long)]
+        force: bool,
+    },
+    /// Have one that is ready end, and its result take its place
+    Complete {
+        /// The job
+        #[arg(add = ArgValueCandidates::new(complete::jobs))]
+        id: String,
+        /// Wait until it is over
+        #[arg(long)]
+        wait: bool,
+    },
+    /// Have one that is pending make its result a fact
+    Finalize {
+        /// The job
+        #[arg(add = ArgValueCandidates::new(complete::jobs))]
+        id: String,
+    },
+    /// Forget one that is over
+    Dismiss {
+        /// The job
+        #[arg(add = ArgValueCandidates::new(complete::jobs))]
+        id: String,
+    },
+    /// Change how fast one may be
+    Speed {
+        /// The job
+        #[arg(add = ArgValueCandidates::new(complete::jobs))]
+        id: String,
+        /// Bytes per second; 0 for no limit
+        #[arg(value_parser = bytes)]
+        speed: u64,
+    },
+    /// Wait until one is over, or waits to be finalized
+    Wait {
+        /// The job
+        #[arg(add = ArgValueCandidates::new(complete::jobs))]
+        id: String,
+    },
+}
+
+/// What all that start jobs take.
+#[derive(Args, Clone, Debug)]
+pub struct JobFlags {
+    /// The job's name; what it does and to which node by default
+    #[arg(long, value_name = "ID")]
+    pub job: Option<String>,
+    /// Bytes per second, at most; 0 for no limit
+    #[arg(long, value_name = "BYTES", default_value = "0", value_parser = bytes)]
+    pub speed: u64,
+    /// Wait until it is over, or can be completed
+    #[arg(long)]
+    pub wait: bool,
+}
+
+/// What is started.
+#[derive(Debug, Subcommand)]
+pub enum Start {
+    /// Copy a disk as it is now, while its guest goes on
+    Backup {
+        /// The disk's node
+        #[arg(add = ArgValueCandidates::new(complete::nodes))]
+        node: String,
+        /// The node that gets the copy
+        #[arg(add = ArgValueCandidates::new(complete::nodes))]
+        target: String,
+        /// What is copied
+        #[arg(long, value_enum, default_value_t = Sync::Full)]
+        sync: Sync,
+        #[expect(missing_docs, reason = "documented at its type")]
+        #[command(flatten)]
+        flags: JobFlags,
+    },
+    /// Copy a disk, and follow what its guest changes
+    Mirror {
+        /// The disk's node
+        #[arg(add = ArgValueCandidates::new(complete::nodes))]
+        node: String,
+        /// The node that gets the copy
+        #[arg(add = ArgValueCandidates::new(complete::nodes))]
+        target: String,
+        /// What is copied at first
+        #[arg(long, value_enum, default_value_t = Sync::Full)]
+        sync: Sync,
+        /// Whether guests wait for the target
+        #[arg(long, value_enum, default_value_t = CopyMode::Background)]
+        copy_mode: CopyMode,
+        /// Have the copy take the disk's place, and wait for that
+        #[arg(long)]
+        complete: bool,
+        #[expect(missing_docs, reason = "documented at its type")]
+        #[command(flatten)]
+        flags: JobFlags,
+    },
+    /// Write what overlays hold to an image below them
+    Commit {
+        /// The node at which guests are
+        #[arg(add = ArgValueCandidates::new(complete::nodes))]
+        node: String,
+        /// The topmost node that is committed; the active one by default
+        #[arg(long, value_name = "NODE", add = ArgValueCandidates::new(complete::nodes))]
+        top: Option<String>,
+        /// The node that gets the data; the last of the chain by default
+        #[arg(long, value_name = "NODE", add = ArgValueCandidates::new(complete::nodes))]
+        base: Option<String>,
+        /// Of the active node: have the base take its place, and wait for that
+        #[arg(long)]
+        complete: bool,
+        #[expect(missing_docs, reason = "documented at its type")]
+        #[command(flatten)]
+        flags: JobFlags,
+    },
+    /// Write into an overlay what images below it hold
+    Stream {
+        /// The overlay's node
+        #[arg(add = ArgValueCandidates::new(complete::nodes))]
+        node: String,
+        /// The node that stays below; none by default
+        #[arg(long, value_name = "NODE", add = ArgValueCandidates::new(complete::nodes))]
+        base: Option<String>,
+        #[expect(missing_docs, reason = "documented at its type")]
+        #[command(flatten)]
+        flags: JobFlags,
+    },
+    /// Put an overlay above a disk, which from then on stays as it is
+    Snapshot {
+        /// The disk's node
+        #[arg(add = ArgValueCandidates::new(complete::nodes))]
+        node: String,
+        /// The overlay's node, opened with 'backing' null
+        #[arg(add = ArgValueCandidates::new(complete::nodes))]
+        overlay: String,
+    },
+}
+
+/// Which part of a disk is copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Sync {
+    /// All of it
+    Full,
+    /// What its topmost image has itself
+    Top,
+    /// What changes from now on
+    None,
+}
+
+/// Whether guests wait for a mirror's target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum CopyMode {
+    /// They do not
+    Background,
+    /// They do
+    WriteBlocking,
 }
 
 /// What is done to objects.

@@ -28,6 +28,12 @@ pub(super) fn exports() -> Vec<CompletionCandidate> {
     })
 }
 
+pub(super) fn jobs() -> Vec<CompletionCandidate> {
+    candidates("query-jobs", json!({}), |job| {
+        Some((text(&job["id"]), text(&job["type"])))
+    })
+}
+
 pub(super) fn objects() -> Vec<CompletionCandidate> {
     candidates("qom-list", json!({"path": "/objects"}), |object| {
         let kind = text(&object["type"]);

@@ -9,6 +9,7 @@ mod client;
 mod complete;
 mod events;
 mod graph;
+mod job;
 mod node;
 mod stats;
 mod table;
@@ -94,6 +95,8 @@ impl Ctl {
             Noun::Node(verb) => self.node(verb),
             Noun::Graph { format } => self.draw(*format),
             Noun::Export(verb) => self.export(verb),
+            Noun::Job(verb) => self.job(verb),
+            Noun::Start(start) => self.start(start),
             Noun::Object(verb) => self.object(verb),
             Noun::Stats { nodes } => self.stats(*nodes),
             Noun::Requests => self.requests(),

@@ -97,6 +97,15 @@ impl<'a> Input<'a> {
         ))
     }
 
+    /// As [`wrong_type`](Self::wrong_type), of a value that may be of several types; QEMU says the place
+    /// another way then.
+    pub fn wrong_alternate(&self, expected: &str) -> QmpError {
+        let name = self.place.last();
+        QmpError::generic(format!(
+            "Invalid parameter type for '{name}', expected: {expected}"
+        ))
+    }
+
     /// The value is none of those that are possible.
     pub fn not_accepted(&self, value: &str) -> QmpError {
         let name = self.place.last();

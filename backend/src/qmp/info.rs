@@ -276,7 +276,7 @@ async fn image(control: &Control, id: NodeId, chain: bool) -> Option<ImageInfo> 
     Some(info)
 }
 
-fn snapshot(snapshot: blockcore::driver::SnapshotInfo) -> SnapshotInfo {
+pub(super) fn snapshot(snapshot: blockcore::driver::SnapshotInfo) -> SnapshotInfo {
     SnapshotInfo {
         id: snapshot.id,
         name: snapshot.name,

@@ -8,6 +8,7 @@
 //! posts what a command asks for and is posted what it came to: the control thread waits for none.
 
 pub mod basic;
+pub mod bitmaps;
 pub mod command;
 pub mod debug;
 pub mod devices;
@@ -23,6 +24,7 @@ pub mod nodes;
 pub mod objects;
 pub mod query;
 pub mod session;
+pub mod snapshots;
 mod writer;
 
 use std::cell::RefCell;
@@ -95,6 +97,8 @@ impl Service {
         devices::add(&mut commands);
         debug::add(&mut commands);
         jobs::add(&mut commands);
+        bitmaps::add(&mut commands);
+        snapshots::add(&mut commands);
         let service = Rc::new(Self {
             daemon: Rc::downgrade(daemon),
             objects: Objects::new(daemon),

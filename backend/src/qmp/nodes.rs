@@ -73,25 +73,11 @@ qapi_struct! {
     }
 }
 
-qapi_struct! {
-    /// A node that is to have an overlay.
-    pub struct BlockdevSnapshot {
-        /// Which.
-        node: String = "node",
-        /// The overlay's node, which has no backing node yet.
-        overlay: String = "overlay",
-    }
-}
-
 pub(super) fn add(commands: &mut Commands) {
     commands.add("blockdev-add", blockdev_add);
     commands.add("blockdev-del", blockdev_del);
     commands.add("blockdev-reopen", blockdev_reopen);
     commands.add("blockdev-set-active", blockdev_set_active);
-    commands.add("blockdev-snapshot", |service, snapshot| async move {
-        let BlockdevSnapshot { node, overlay } = snapshot;
-        Ok(service.control().snapshot(&node, &overlay).await?)
-    });
     commands.add("block_resize", block_resize);
     commands.add("change-backing-file", change_backing_file);
     commands.add("block-set-write-threshold", set_write_threshold);

@@ -114,8 +114,9 @@ impl Change {
         Ok(id)
     }
 
-    /// Takes a job's filter out: its parents get `to` instead, the job's own use of it ends. The job has
-    /// been [detached](super::Control::detach).
+    /// Takes a job's filter out: its parents get `to` instead, or what it filters now, which need not be
+    /// what it was put above: somebody may have put something in between. The job's own use of it ends; that
+    /// has been [detached](super::Control::detach).
     ///
     /// # Errors
     ///
@@ -124,8 +125,12 @@ impl Change {
         &mut self,
         filter: NodeId,
         root: RootId,
-        to: NodeId,
+        to: Option<NodeId>,
     ) -> Result<(), Error> {
+        let filtered = self.state().shape.child(filter, 0).map(|edge| edge.child);
+        let Some(to) = to.or(filtered) else {
+            return Err(Error::invalid("a filter has something that it filters"));
+        };
         self.state_mut().shape.vertex_mut(filter).keeps_chain_to = None;
         self.replace_node(filter, to)?;
         self.remove_root(root)

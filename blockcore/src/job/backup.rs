@@ -60,7 +60,6 @@ pub struct BackupSpec {
 struct Backup {
     spec: BackupSpec,
     filter: NodeId,
-    source: NodeId,
     root: Rc<Root>,
     snapshot: Arc<Snapshot>,
     blocker: BlockerId,
@@ -134,10 +133,10 @@ impl Jobs {
                 })
                 .await?;
             let root = change.add_root(filter, user(job))?;
-            Ok((source, target, filter, root, bytes, snapshot))
+            Ok((target, filter, root, bytes, snapshot))
         }
         .await;
-        let (source, target, filter, root, bytes, snapshot) = match prepared {
+        let (target, filter, root, bytes, snapshot) = match prepared {
             Ok(prepared) => prepared,
             Err(error) => {
                 change.abort().await;
@@ -155,7 +154,6 @@ impl Jobs {
             root: self.control().root_here(root)?,
             spec,
             filter,
-            source,
             snapshot,
         })
     }
@@ -171,8 +169,8 @@ pub(super) fn user(job: &Rc<Job>) -> RootSpec {
     }
 }
 
-/// Takes a job's filter out of the graph, and gives its parents `to`. What `before` does is done first, in
-/// the same change.
+/// Takes a job's filter out of the graph, and gives its parents `to`, or what it filters. What `before` does
+/// is done first, in the same change.
 ///
 /// # Errors
 ///
@@ -181,7 +179,7 @@ pub(super) async fn remove_filter_with(
     job: &Rc<Job>,
     filter: NodeId,
     root: RootId,
-    to: NodeId,
+    to: Option<NodeId>,
     before: impl FnOnce(&mut Change),
 ) -> Result<(), Error> {
     let control = job.control();
@@ -257,7 +255,7 @@ impl Work for Backup {
             let (filter, root) = (self.filter, self.root.id());
             report(
                 job,
-                remove_filter_with(job, filter, root, self.source, |_| {}).await,
+                remove_filter_with(job, filter, root, None, |_| {}).await,
             );
         }
         .boxed_local()

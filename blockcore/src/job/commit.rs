@@ -241,7 +241,6 @@ impl Jobs {
             link,
             root,
             filter: chain.filter,
-            source: chain.top,
             target: chain.base,
             replaces: None,
             first: First::Above(Some(chain.base)),
@@ -396,8 +395,8 @@ impl Work for Commit {
             }
             if !self.is_out.get() {
                 let thaw = |change: &mut Change| self.chain.thaw(change);
-                let (filter, top) = (self.chain.filter, self.chain.top);
-                let removed = remove_filter_with(job, filter, self.root.id(), top, thaw).await;
+                let (filter, root) = (self.chain.filter, self.root.id());
+                let removed = remove_filter_with(job, filter, root, None, thaw).await;
                 super::backup::report(job, removed);
             }
             self.chain.restore(job.control()).await;
@@ -425,7 +424,7 @@ impl Commit {
         rewrite_backing(control, self.overlay, Some(name)).await?;
         let thaw = |change: &mut Change| self.chain.thaw(change);
         let filter = self.chain.filter;
-        remove_filter_with(job, filter, self.root.id(), base, thaw).await?;
+        remove_filter_with(job, filter, self.root.id(), Some(base), thaw).await?;
         self.is_out.set(true);
         Ok(())
     }

@@ -94,7 +94,6 @@ pub(super) struct Mirror {
     pub(super) link: Arc<Link>,
     pub(super) root: Rc<Root>,
     pub(super) filter: NodeId,
-    pub(super) source: NodeId,
     pub(super) target: NodeId,
     pub(super) replaces: Option<NodeId>,
     pub(super) first: First,
@@ -148,7 +147,6 @@ impl Jobs {
             link,
             root: control.root_here(root)?,
             filter,
-            source: ends.source,
             target: ends.target,
             replaces: ends.replaces,
             first,
@@ -185,6 +183,14 @@ fn find_ends(graph: &Graph, spec: &MirrorSpec) -> Result<Ends, Error> {
     graph.check_operation(to.id(), Operation::MirrorTarget)?;
     if let Some(replaces) = replaces {
         graph.check_operation(replaces.id(), Operation::Replace)?;
+        if graph.skip_filters(replaces.id()) != graph.skip_filters(from.id()) {
+            return Err(Error::invalid(format!(
+                "Cannot replace '{}' by a node mirrored from '{}', because it cannot be guaranteed that \
+                 doing so would not lead to an abrupt change of visible data",
+                replaces.name(),
+                from.name()
+            )));
+        }
         if replaces.bytes() != from.bytes() {
             return Err(Error::invalid(
                 "cannot replace image with a mirror image of different size",
@@ -255,10 +261,7 @@ impl Work for Mirror {
                     }
                 };
                 let (filter, root) = (self.filter, self.root.id());
-                report(
-                    job,
-                    remove_filter_with(job, filter, root, self.source, thaw).await,
-                );
+                report(job, remove_filter_with(job, filter, root, None, thaw).await);
                 if let Some(chain) = &self.commit {
                     chain.restore(job.control()).await;
                 }
@@ -463,16 +466,15 @@ impl Mirror {
         if let Some(chain) = &self.commit {
             chain.thaw(change);
         }
-        let to = match pivots {
-            true => self.target,
-            false => self.source,
+        let to = match (pivots, self.replaces) {
+            (true, Some(replaces)) => {
+                change.replace_node(replaces, self.target)?;
+                None
+            }
+            (true, None) => Some(self.target),
+            (false, _) => None,
         };
-        if pivots && let Some(replaces) = self.replaces {
-            change.replace_node(replaces, self.target)?;
-            change.remove_filter(self.filter, self.root.id(), self.source)?;
-        } else {
-            change.remove_filter(self.filter, self.root.id(), to)?;
-        }
+        change.remove_filter(self.filter, self.root.id(), to)?;
         Ok(())
     }
 }

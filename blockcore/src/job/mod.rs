@@ -1,8 +1,8 @@
 //! Jobs: long operations on nodes, with states and verbs, while guests go on.
 //!
 //! A `Job` is what every kind has in common: its state, who has it held, how fast it may be, how far it
-//! is, how it ended. What it does is a [`Work`]: [`backup`], [`commit`], [`mirror`] and [`stream`] are one
-//! policy each; what they share of copying is in [`copy`]. A job is a task on the control thread, and
+//! is, how it ended. What it does is a `Work`: `backup`, `commit`, `mirror` and `stream` are one
+//! policy each; what they share of copying is in `copy`. A job is a task on the control thread, and
 //! does its I/O through a root of its own, like any user of a disk.
 //!
 //! **Held and drained.** Somebody who has a job paused waits for nothing: the job sees to it by itself
@@ -11,8 +11,8 @@
 //! own in flight then, so a change never waits for itself.
 //!
 //! **Ending.** When the work is done the job *waits* for its peers (it has none yet), is *pending* until
-//! its result may be a fact, and then [prepares](Work::prepare) it: the last thing that may fail. Whatever
-//! happened, [`Work::clean`] leaves the graph without the job.
+//! its result may be a fact, and then prepares it: the last thing that may fail. Whatever
+//! happened, `Work::clean` leaves the graph without the job.
 //!
 //! Threads: control thread only.
 
@@ -23,8 +23,6 @@ mod mirror;
 mod registry;
 pub mod state;
 mod stream;
-#[cfg(test)]
-mod tests;
 
 use std::cell::{Cell, RefCell};
 use std::rc::{Rc, Weak};

@@ -274,8 +274,7 @@ impl Work for Stream {
             if let Some((filter, root)) = &self.inside
                 && !self.is_out.get()
             {
-                let to = self.ends.overlay;
-                let removed = remove_filter_with(job, *filter, root.id(), to, |_| {}).await;
+                let removed = remove_filter_with(job, *filter, root.id(), None, |_| {}).await;
                 report(job, removed);
             }
             if self.reopened {
@@ -309,7 +308,7 @@ impl Stream {
         control.detach(root.id(), control.context().handle()).await;
         let mut change = control.begin().await;
         let changed = change
-            .remove_filter(*filter, root.id(), overlay)
+            .remove_filter(*filter, root.id(), None)
             .and_then(|()| change.set_backing(overlay, base));
         if let Err(error) = changed {
             change.abort().await;
