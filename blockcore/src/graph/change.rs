@@ -522,23 +522,35 @@ impl Change {
             self.drain(Scope::Roots(above)).await;
         }
         for id in going {
-            let (driver, name, plan) = self.control.read(|graph| {
+            let (driver, cuts, plan) = self.control.read(|graph| {
                 let (view, node) = (graph.view(), &graph.nodes[&id]);
                 let plan = view.plan(id, Permissions::all(), &view.tracked());
-                (node.driver.clone(), Arc::clone(&node.name), plan)
+                // A filter keeps nothing but what it must not do once others write below it.
+                let is_filter = node.driver_type().kind == DriverKind::Filter;
+                let is_used = !graph.roots_above(&BTreeSet::from([id])).is_empty();
+                (node.driver.clone(), is_filter && is_used, plan)
             });
             let root = self.control.unused_root(plan);
-            root.flush().await.map_err(|error| {
-                let text = format!("cannot flush node '{name}' before it goes: {error}");
-                Error::new(ErrorKind::Io, text)
-            })?;
-            let kept = self.control.bitmaps_to_store(id);
-            if !kept.is_empty() {
-                driver.take().store_bitmaps(Rc::clone(&root), kept).await?;
+            if let Err(error) = self.stop(id, &driver, root).await {
+                if cuts {
+                    return Err(error);
+                }
+                // Closing it meets that again, and says so.
+                tracing::debug!(error = %error.report(), "while stopping a node that goes");
             }
-            driver.take().stop_writing(root).await?;
         }
         Ok(())
+    }
+
+    /// Has a node that nothing is in flight at finish what it does when it is written to no more.
+    async fn stop(&self, id: NodeId, driver: &DriverCell, root: Rc<Root>) -> Result<(), Error> {
+        // Closing it flushes again, and says if that fails.
+        let _ = root.flush().await;
+        let kept = self.control.bitmaps_to_store(id);
+        if !kept.is_empty() {
+            driver.take().store_bitmaps(Rc::clone(&root), kept).await?;
+        }
+        driver.take().stop_writing(root).await
     }
 
     /// The plan of every root, as it will be.
