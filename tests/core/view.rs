@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use blockcore::graph::{Control, Graph, NodeId, RootId};
 
-use crate::case::Case;
+use crate::case::{Case, DiskCase};
 
 /// A part of a disk as somebody sees it who uses a node.
 #[derive(Clone, Debug, Default)]
@@ -133,8 +133,10 @@ pub(crate) fn dump(control: &Control, case: &Case, roots: &[RootId]) -> BTreeMap
             );
             dump.insert(format!("edge {number}"), line);
         }
-        // Bitmaps are made to fit when they like.
-        let fixed = !case.disks.iter().any(|disk| disk.resizes);
+        // Bitmaps are made to fit when they like: also those of an image's file, which grows, and of which what
+        // was made ahead is cut off.
+        let is_fixed = |disk: &DiskCase| !disk.resizes && disk.cluster.is_none();
+        let fixed = case.disks.iter().all(is_fixed);
         for root in roots.iter().filter(|_| fixed) {
             let plan = graph.plan(*root);
             let line = plan.map_or(String::new(), |plan| format!("{:p}", Arc::as_ptr(&plan)));
