@@ -215,3 +215,59 @@ fn a_request_that_is_stuck_at_the_host_is_found_with_one_command() {
         "GenericError"
     );
 }
+
+/// An NBD server that is stopped answers nothing, and keeps its connections.
+#[test]
+fn a_request_that_is_stuck_at_a_remote_host_is_found_with_one_command() {
+    let folder = tempfile::tempdir().unwrap();
+    let (image, remote) = (folder.path().join("disk.raw"), folder.path().join("remote"));
+    std::fs::File::create(&image)
+        .unwrap()
+        .set_len(MIB as u64)
+        .unwrap();
+    let mut server = Command::new("qemu-nbd")
+        .args(["--persistent", "--format", "raw", "--socket"])
+        .args([&remote, &image])
+        .spawn()
+        .unwrap();
+    eventually("the remote host listens", || remote.exists());
+    let node = format!(
+        "nbd,node-name=disk,open-timeout=5,server.type=unix,server.path={}",
+        remote.display()
+    );
+    let socket = folder.path().join("vm.sock");
+    let export = format!(
+        "vhost-user-blk,id=vda,node-name=disk,writable=on,addr.type=unix,addr.path={}",
+        socket.display()
+    );
+    let served = Served::start(Which::Ours, &["--blockdev", &node, "--export", &export]);
+    let mut frontend = Frontend::connect(&socket);
+    let mut ring = frontend.start_queue(0, 16);
+    frontend.write(&mut ring, 0, &[6; 512]);
+    let signal = |signal| {
+        let id = rustix::process::Pid::from_child(&server);
+        rustix::process::kill_process(id, signal).unwrap();
+    };
+    signal(rustix::process::Signal::STOP);
+    let pending = frontend.submit(&mut ring, &Request::write(24, &[7; 4096]));
+    ring.kick_if_wanted();
+    let find = || {
+        let mut command = stonework(["ctl", "--socket"]);
+        command.arg(served.socket()).args(["-H", "requests"]);
+        run(command).output
+    };
+    eventually("it is found", || find().contains("in-flight"));
+    let found = find();
+    let columns: Vec<_> = found.trim_end().split('\t').collect();
+    assert_eq!(
+        columns[1..6],
+        ["vda", "write", "12288", "4 KiB", "in-flight"],
+        "{found}"
+    );
+    assert!(columns[6].starts_with("nbd+unix://"), "{found}");
+    signal(rustix::process::Signal::CONT);
+    let used = ring.wait(crate::client::LIMIT).expect("it goes on");
+    assert_eq!(frontend.outcome(&pending, used).status, blk::OK);
+    server.kill().unwrap();
+    server.wait().unwrap();
+}
