@@ -49,6 +49,7 @@ fn load(server: &Server, seconds: u32) -> Child {
         "--size=64M",
         "--verify=crc32c",
         "--verify_fatal=1",
+        "--verify_state_save=0",
         "--time_based",
         &time,
     ])

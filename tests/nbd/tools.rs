@@ -354,6 +354,7 @@ fn fio_finds_what_it_wrote_over_many_connections() {
         "--offset_increment=64M",
         "--verify=crc32c",
         "--verify_fatal=1",
+        "--verify_state_save=0",
         "--trim_percentage=0",
         "--group_reporting",
     ]);
